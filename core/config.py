@@ -1,0 +1,249 @@
+"""Every option of a run: its type, its default, one line of meaning. One YAML file is one `RunConfig`.
+
+The defaults are the recommended setting, so a run's file states only what is particular to the run. `core.loading`
+reads files and overrides into this tree. Options of methods and rewards are not here: they are the keyword arguments
+of the functions that use them (`alignlab ls methods`, `alignlab ls rewards`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+DType = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """A part of the tree: frozen, strict about types, no unknown keys; the docstring under a field is its meaning."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: str
+    """Folder or hub name of a causal language model that transformers loads."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); none is the hub's default."""
+    reference: str | None = None
+    """Folder or hub name of the frozen reference policy; none is the model as the run starts."""
+    dtype: DType = "float32"
+    """Precision of the learner's forward and backward pass; master weights are always float32."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers in the learner."""
+
+
+class DataConfig(Section):
+    path: str
+    """JSONL file, or hub name of a dataset (needs the `hub` extra)."""
+    split: str = "train"
+    """Split of a hub dataset; ignored for a file."""
+    prompt_column: str = "question"
+    """Column that holds the question (a string), or the chat messages (a list of {role, content})."""
+    completion_column: str | None = None
+    """Column that holds the demonstration; needed by methods that learn from demonstrations (`sft`) and only by them."""
+    system: str | None = None
+    """System message put before every question; none leaves it out."""
+    template: str = "{prompt}"
+    """What the user message says; {prompt} and any other column may be named."""
+    chat_template: bool = True
+    """Render with the tokenizer's chat template; false continues the bare text."""
+    max_prompt_tokens: Positive = 512
+    """Longer prompts are left out (counted and said at the start)."""
+    shuffle: bool = True
+    """A new order each pass over the data, a pure function of (seed, position); false keeps the file's order."""
+    limit: Positive | None = None
+    """Use only the first rows; none uses all."""
+
+
+class RolloutConfig(Section):
+    prompts: Positive = 32
+    """P: prompts per step."""
+    group_size: Positive = 8
+    """G: completions of each prompt."""
+    max_tokens: Positive = 512
+    """Longest completion in tokens; what reaches it counts as truncated."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; log-probabilities are taken at the same temperature everywhere."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; 1 is off. The learner's log-probabilities assume 1."""
+    top_k: Count = 0
+    """Sample among the k likeliest tokens; 0 is off. The learner's log-probabilities assume 0."""
+    min_p: Share = 0.0
+    """Drop tokens below this share of the likeliest token's probability; 0 is off. The learner assumes 0."""
+    stop: list[str] = []
+    """Strings that end a completion (kept in its text)."""
+    max_staleness: Count = 0
+    """S: updates that may lie between a token's weights and the step that trains on it; 0 is on-policy."""
+    max_attempts: Positive = 3
+    """How often a group is given to an actor before the run stops with the reason."""
+
+
+class ActorsConfig(Section):
+    count: Positive = 1
+    """Rollout actors; each is one engine."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where engines run; auto is cuda when the cluster has GPUs."""
+    tensor_parallel: Positive = 1
+    """GPUs (or CPU processes) of one engine."""
+    dtype: DType | None = None
+    """Precision of the engine; none is the model's `dtype`."""
+    max_model_len: Positive | None = None
+    """Longest prompt plus completion; none is max_prompt_tokens + max_tokens."""
+    max_num_seqs: Positive = 256
+    """Sequences an engine decodes at once."""
+    prefix_caching: bool = True
+    """Share the cache of common prompt prefixes, within one weight version."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that an engine takes."""
+    kv_cache_gib: PositiveFloat = 1.0
+    """Cache of an engine on CPU, in GiB; on GPU the utilisation decides."""
+    enforce_eager: bool | None = None
+    """Run without compilation and CUDA graphs; none is true on CPU (it starts faster) and false on GPU."""
+    threads: Positive = 1
+    """Compute threads of an engine on CPU."""
+    weight_transfer: Literal["auto", "nccl", "object_store"] = "auto"
+    """How new weights travel: nccl between GPU pools, Ray's object store otherwise; auto picks by device."""
+    start_timeout: PositiveFloat = 600.0
+    """Seconds an actor may take from its placement to serving."""
+    silence_timeout: PositiveFloat = 120.0
+    """Seconds without a sign of life after which an actor is presumed dead and replaced."""
+    publish_timeout: PositiveFloat = 300.0
+    """Seconds an actor may take to verify and load a new version."""
+
+
+class RewardsConfig(Section):
+    components: dict[str, dict[str, Any]] = {}
+    """Name -> {weight: 1.0, fn: name or my_rewards.py:function (default: the name), and the function's own options}."""
+    workers: Positive = 1
+    """Processes that score; each can be killed without harm to the run."""
+    timeout: PositiveFloat = 10.0
+    """Seconds one component may take for one completion; then its status is `timeout` and its worker is replaced."""
+    memory_gib: PositiveFloat = 4.0
+    """Memory one scoring process may take."""
+    max_failed: Share = 0.5
+    """Share of a step's completions that a component may fail to score (timeout, error) before the run stops."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon on the matrices inside the blocks with adamw on all else."""
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW."""
+    muon_lr: PositiveFloat = 0.02
+    """Peak learning rate of Muon's matrices; used by muon only."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    eps: PositiveFloat = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay of matrices; biases and norms have none."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up, down to 0 at the last step."""
+    warmup_steps: Count = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Clip the gradient's global norm; none does not clip."""
+
+
+class LearnerConfig(Section):
+    ranks: Positive = 1
+    """Processes of the learner; parameters are sharded over them with FSDP2."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the learner runs; auto is cuda when the cluster has GPUs."""
+    token_budget: Positive = 8192
+    """Most tokens (prompts included) of one packed micro-batch; a longer sequence is a micro-batch of its own."""
+    minibatches: Positive = 1
+    """Updates per epoch: a step's groups are split into so many parts."""
+    epochs: Positive = 1
+    """Passes over a step's groups."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    logprob_chunk: Positive = 1024
+    """Tokens whose logits are held at once while log-probabilities and entropy are taken."""
+    threads: Positive = 1
+    """Compute threads of each rank on CPU."""
+    timeout: PositiveFloat = 3600.0
+    """Seconds one step may take before the run stops and says what it was waiting for."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class CheckpointConfig(Section):
+    every: Count = 0
+    """Steps between checkpoints; 0 saves only at the end (and at Ctrl-C)."""
+    keep: Positive = 2
+    """How many of the newest are kept."""
+
+
+class EvalConfig(Section):
+    benchmarks: list[str] = []
+    """Names from `alignlab ls benchmarks`, or JSONL files."""
+    data: str | None = None
+    """Folder with the benchmarks' JSONL files; none loads from the hub."""
+    every: Count = 0
+    """Steps between evaluations during training; 0 evaluates before the first and after the last step only."""
+    limit: Positive | None = None
+    """Problems per benchmark; none uses all."""
+    samples: Positive = 1
+    """k: completions per problem."""
+    temperature: NonNegative = 1.0
+    """0 is greedy."""
+    max_tokens: Positive | None = None
+    """Longest completion; none is the rollout's."""
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """Address of a running Ray cluster ("auto" finds the one of this machine); none starts one here, on loopback."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Ray's placement strategy within each pool."""
+    start_timeout: PositiveFloat = 300.0
+    """Seconds the cluster may take to provide the pools."""
+
+
+class RunConfig(Section):
+    """One run. `alignlab train FILE key=value ...` reads it, `alignlab check` prints it resolved."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder of the run below `output_dir`: letters, digits, dot, dash, underscore."""
+    output_dir: str = "runs"
+    """Where runs are kept."""
+    seed: Count = 0
+    """Everything random derives from it."""
+    steps: Positive
+    """Steps of the whole run; a resumed run goes on to the same number."""
+    method: str | dict[str, Any] = "grpo"
+    """A row of `alignlab ls methods`; or a mapping {row: NAME, part: choice, ...} that changes parts of a row."""
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    actors: ActorsConfig = ActorsConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    learner: LearnerConfig = LearnerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> RunConfig:
+        if self.rollout.prompts % self.learner.minibatches:
+            raise ValueError(
+                f"rollout.prompts {self.rollout.prompts} cannot be split into learner.minibatches "
+                f"{self.learner.minibatches} equal parts; make the first a multiple of the second"
+            )
+        if self.actors.weight_transfer == "nccl" and "cpu" in (self.actors.device, self.learner.device):
+            raise ValueError(
+                "actors.weight_transfer nccl needs GPUs on both sides, but a device is cpu; use auto or object_store"
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_tokens
+        if self.actors.max_model_len is not None and self.actors.max_model_len < longest:
+            raise ValueError(
+                f"actors.max_model_len {self.actors.max_model_len} is less than data.max_prompt_tokens + "
+                f"rollout.max_tokens = {longest}; raise the first or lower the others"
+            )
+        return self
