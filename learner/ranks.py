@@ -1,0 +1,42 @@
+"""The processes of one learner and the few collectives it uses besides FSDP2's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its equals: `rank` of `world`, computing on `device`."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+
+    @classmethod
+    def join(cls, rank: int, world: int, address: str, device: torch.device, timeout: float) -> Ranks:
+        """Meet the other ranks at `address` (tcp://host:port, rank 0 listens). Raises after `timeout` seconds."""
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # Checkpoints and counters are CPU tensors on a GPU machine too, so both backends are there.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+        )
+        return cls(rank, world, device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed over the ranks, in place; every rank gets the same bits."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world > 1:
+            dist.barrier()
