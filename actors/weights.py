@@ -1,0 +1,117 @@
+"""A version of the policy's weights on its way from the learner to the engines: one buffer, its manifest, its digest.
+
+The buffer is a numpy array of bytes, so Ray's object store hands it to every actor of a machine without copying it.
+`actors.vllm_weights` brings it into a vLLM worker. torch is imported where a tensor is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+ALIGNMENT = 64  # bytes: every tensor starts where any dtype may start
+
+
+class Refused(Exception):
+    """Weights that were not loaded. The version that served before serves on."""
+
+
+class Entry(NamedTuple):
+    """One tensor in the buffer."""
+
+    name: str  # as in the checkpoint of the model ("model.embed_tokens.weight")
+    dtype: str  # "float32", "bfloat16", ...
+    shape: tuple[int, ...]
+    offset: int  # bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+ITEM_SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """All weights of one version. `digest` is a sha256 over (name, dtype, shape, bytes) of each tensor in order."""
+
+    version: int
+    digest: str
+    manifest: tuple[Entry, ...]
+    buffer: np.ndarray  # [bytes] uint8
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) pairs; the tensors are views of the buffer and must not be written to."""
+        import torch
+
+        for entry in self.manifest:
+            piece = self.buffer[entry.offset : entry.offset + entry.size]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the object store's memory is read-only, and nobody writes
+                flat = torch.from_numpy(piece)
+            yield entry.name, flat.view(getattr(torch, entry.dtype)).view(entry.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """Says that the learner is about to send this version over NCCL; the bytes do not pass here.
+
+    `digest` covers version, names, dtypes and shapes: NCCL is trusted for the bytes.
+    """
+
+    version: int
+    manifest: tuple[tuple[str, str, tuple[int, ...]], ...]  # (name, dtype, shape) in the order of sending
+
+    @property
+    def digest(self) -> str:
+        return "nccl:" + hashlib.sha256(repr((self.version, self.manifest)).encode()).hexdigest()
+
+
+def snapshot(named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, dtype: str | None = None) -> Snapshot:
+    """Copy tensors into a Snapshot, one at a time; floating-point ones become `dtype` (the engine's), if it is given."""
+    import torch
+
+    buffer, manifest, digest = bytearray(), [], hashlib.sha256()  # a bytearray grows in place: one copy of the model
+    for name, tensor in named_tensors:
+        tensor = tensor.detach()
+        if dtype and tensor.is_floating_point():
+            tensor = tensor.to(getattr(torch, dtype))
+        buffer += bytes(-len(buffer) % ALIGNMENT)
+        entry = Entry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), len(buffer))
+        piece = tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        _add(digest, entry, piece)
+        buffer += memoryview(piece)
+        manifest.append(entry)
+    return Snapshot(version, digest.hexdigest(), tuple(manifest), np.frombuffer(buffer, dtype=np.uint8))
+
+
+def verify(weights: Snapshot) -> None:
+    """Raises Refused unless the buffer holds exactly what its digest says."""
+    digest = hashlib.sha256()
+    for entry in weights.manifest:
+        if entry.offset + entry.size > len(weights.buffer):
+            raise Refused(
+                f"weights of version {weights.version}: the buffer ends within '{entry.name}'; send them again"
+            )
+        _add(digest, entry, weights.buffer[entry.offset : entry.offset + entry.size])
+    if digest.hexdigest() != weights.digest:
+        raise Refused(
+            f"weights of version {weights.version}: their sha256 is {digest.hexdigest()[:12]}..., not the promised "
+            f"{weights.digest[:12]}...; they changed on the way, send them again"
+        )
+
+
+def _add(digest: hashlib._Hash, entry: Entry, piece: np.ndarray) -> None:
+    digest.update(repr((entry.name, entry.dtype, entry.shape)).encode())
+    digest.update(memoryview(np.ascontiguousarray(piece)))
