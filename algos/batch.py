@@ -1,0 +1,124 @@
+"""One optimiser step as tensors: what goes into the objective, and what the objective adds on its way.
+
+All tensors are right-padded rectangles of completion tokens. B sequences (rows), T tokens, R reward components.
+Cells outside `mask` may hold anything, NaN and infinities included: every part selects before it computes.
+
+    Batch --advantages--> channels, masks, weights --rows--> minibatch --normalise--> denominators --rows--> loss
+
+A stage returns a copy with its fields filled (`dataclasses.replace`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+Metrics = Mapping[str, tuple[Tensor, Tensor]]
+"""Name -> (sum, count): pairs add up over micro-batches and ranks, the metric is sum / count."""
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One advantage with the share it has in each row's loss. Nearly every method has a single channel of weight 1."""
+
+    advantages: Tensor  # [B, T] float64
+    weight: Tensor  # [B] float64
+
+    def rows(self, index: Tensor | slice) -> Channel:
+        """The channel of some rows."""
+        return Channel(self.advantages[index], self.weight[index])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A whole step, or some of its rows. Every rank holds all of it: it has no vocabulary axis, so it is small.
+
+    >>> mask = torch.tensor([[1, 1], [1, 0]]).bool()
+    >>> batch = Batch(mask=mask, group=torch.tensor([0, 0]), rewards=torch.tensor([1.0, 0.0]))
+    >>> batch.lengths.tolist(), batch.rows(slice(0, 1)).rewards.tolist()
+    ([2, 1], [1.0])
+    """
+
+    # What the learner fills. `method.needs` says which of the optional ones a method reads.
+    mask: Tensor  # [B, T] bool, trainable tokens: generated ones, not padding and not tool output
+    group: Tensor  # [B] int64, index of the prompt; rows of a group need not be adjacent
+    rewards: Tensor  # [B] totals or [B, R] components; NaN is "could not be scored"
+    truncated: Tensor | None = None  # [B] bool, cut off by the length limit
+    versions: Tensor | None = None  # [B, T] int64, weight version that sampled the token
+    rollout_logprobs: Tensor | None = None  # [B, T] of the engine that sampled
+    old_logprobs: Tensor | None = None  # [B, T] of the learner before this step; None in `loss`: equal to the current
+    ref_logprobs: Tensor | None = None  # [B, T] of the frozen reference
+    entropy: Tensor | None = None  # [B, T] of the next-token distribution before this step, nats
+    values: Tensor | None = None  # [B, T] of the critic before this step
+    token_rewards: Tensor | None = None  # [B, T]; absent: the outcome reward sits on the last valid token
+    token_scores: Tensor | None = None  # [B, T] logits of a token reward model
+    sum_pi_sq: Tensor | None = None  # [B, T] sum over the vocabulary of pi^2
+    given_advantages: Tensor | None = None  # [B] or [B, T], computed elsewhere
+    given_weights: Tensor | None = None  # [B, T], computed elsewhere
+    greedy_rewards: Tensor | None = None  # [B] reward of the prompt's greedy completion
+    baselines: Tensor | None = None  # [B] running estimate of the prompt's reward, kept by whoever keeps state
+    bootstrap: Tensor | None = None  # [B] value after the last token; 0 where the episode ended
+    answers: Tensor | None = None  # [B] int64, equal for equal final answers; "no answer" is a class of its own
+    accuracy: Tensor | None = None  # [B] raw correctness for filters; absent: the rewards before shaping
+    reward_weights: Tensor | None = None  # [R] weights of the components; absent: 1 each
+    version: int = 0  # weight version that this step starts from
+    seed: int = 0  # of this step, for the parts that draw at random
+    entropy_coef: float | None = None  # from an entropy controller; absent: the method's own
+
+    # What `advantages` fills.
+    kept: Tensor | None = None  # [B] bool, rows of groups that passed the filter
+    channels: tuple[Channel, ...] = ()
+    pass_rate: Tensor | None = None  # [B] mean reward of the row's group
+    returns: Tensor | None = None  # [B, T] targets of the value loss
+    count_mask: Tensor | None = None  # [B, T] bool, tokens that denominators count
+    loss_mask: Tensor | None = None  # [B, T] bool, tokens in the loss
+    correction_weight: Tensor | None = None  # [B, T], or [B, 1] for one weight per row
+    token_weight: Tensor | None = None  # [B, T]
+    metrics: Metrics = field(default_factory=dict)
+
+    # What `normalise` fills.
+    scale: Tensor | None = None  # [B] weight of one token of a row in the policy loss of the optimiser step
+    kl_scale: Tensor | None = None  # [B] the same for the KL term
+    mean_scale: Tensor | None = None  # [B] the same for plain token means (entropy)
+    value_scale: Tensor | None = None  # [B] the same for the value loss
+    kl_coef: Tensor | None = None  # [] coefficient of the KL term
+
+    @property
+    def lengths(self) -> Tensor:
+        """Trainable tokens of each row, [B] int64."""
+        return self.mask.sum(1)
+
+    @property
+    def positive(self) -> Tensor:
+        """Rows with a reward above 0, [B] bool."""
+        return self.rewards > 0
+
+    def rows(self, index: Tensor | slice) -> Batch:
+        """The batch of some rows. Step-level numbers (denominators, coefficients, metrics) stay as they are."""
+        changed: dict[str, object] = {"channels": tuple(channel.rows(index) for channel in self.channels)}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor) and f.name not in _STEP_LEVEL:
+                changed[f.name] = value[index]
+        return replace(self, **changed)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on another device."""
+        moved: dict[str, object] = {
+            f.name: value.to(device)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        moved["channels"] = tuple(Channel(c.advantages.to(device), c.weight.to(device)) for c in self.channels)
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+
+_STEP_LEVEL = {"reward_weights", "kl_coef"}
+
+
+def select(mask: Tensor, values: Tensor) -> Tensor:
+    """`values` where `mask`, else 0. Selection, not multiplication: 0 * NaN is NaN, forwards and backwards."""
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
