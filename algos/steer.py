@@ -1,0 +1,66 @@
+"""STEER: damp the tokens whose update would change the policy's entropy most.
+
+"Rethinking Entropy Interventions in RLVR: An Entropy Change Perspective", arXiv 2510.10150. Read from the authors' code
+and run against it. A token weight, used with dual-clip PPO (high 0.28, dual 10); the loss is divided by the number of
+tokens, not by the sum of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from algos.masked import per_token, visible
+
+
+def entropy_change(logprobs: Tensor, old_logprobs: Tensor, entropy: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
+    """Size of the entropy change that the update of each token predicts, |Omega| [B, T], detached, 0 at masked cells.
+
+        x = clip(exp(lp), 1e-8, 1 - 1e-8);  po = clip(exp(old), 1e-8, 1)
+        Omega = (A / po) * x (1 - x) * (ln x + H),  non-finite values -> 0
+
+    `logprobs`, `old_logprobs`, `entropy` [B, T]; `advantage` [B] or [B, T].
+    """
+    x = visible(logprobs.detach(), mask).exp().clamp(1e-8, 1 - 1e-8)
+    old = visible(old_logprobs.detach(), mask).exp().clamp(1e-8, 1.0)
+    omega = per_token(advantage.detach(), mask) / old * x * (1 - x) * (x.log() + visible(entropy.detach(), mask))
+    return visible(omega.nan_to_num(0.0, 0.0, 0.0).abs(), mask)
+
+
+def damping(change: Tensor, *, w_min: float = 0.8, omega_floor: float = 0.02) -> Tensor:
+    """The rate k = -ln(w_min) / max(largest change, omega_floor) of the exponential form, a scalar.
+
+    The floor keeps the weights near 1 when all changes are tiny.
+    """
+    return -math.log(w_min) / change.max().clamp(min=omega_floor)
+
+
+def steer_weights(
+    change: Tensor,
+    mask: Tensor,
+    *,
+    mode: Literal["exp", "linear"] = "exp",
+    w_min: float = 0.8,
+    w_max: float = 1.2,
+    omega_floor: float = 0.02,
+) -> Tensor:
+    """Token weights [B, T] from the entropy change m [B, T]; 0 at masked cells. No gradient.
+
+        exp:     w = clip(exp(-k m), w_min, 1)                      the largest change gets w_min, no change gets 1
+        linear:  w = w_max - (m - m_min) (w_max - w_min) / (m_max - m_min);   (w_min + w_max) / 2 if all are equal
+
+    The extremes are those of the tokens in hand, so call it on a whole minibatch.
+    """
+    if not mask.any():
+        return torch.zeros_like(change)
+    if mode == "exp":
+        weight = (-damping(change, w_min=w_min, omega_floor=omega_floor) * change).exp().clamp(w_min, 1.0)
+        return visible(weight, mask)
+    smallest, largest = change[mask.bool()].aminmax()
+    if smallest == largest:
+        return visible(torch.full_like(change, (w_min + w_max) / 2), mask)
+    weight = w_max - (change - smallest) * (w_max - w_min) / (largest - smallest)
+    return visible(weight.clamp(w_min, w_max), mask)
