@@ -46,7 +46,7 @@ class DataConfig(Section):
     prompt_column: str = "question"
     """Column that holds the question (a string), or the chat messages (a list of {role, content})."""
     completion_column: str | None = None
-    """Column that holds the demonstration; needed by methods that learn from demonstrations (`sft`) and only by them."""
+    """Column that holds the demonstration; for methods that learn from demonstrations (`sft`), and only for them."""
     system: str | None = None
     """System message put before every question; none leaves it out."""
     template: str = "{prompt}"

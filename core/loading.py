@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    first: [pair for pair in pairs if pair[0] not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -37,9 +37,8 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that `path` and `key.sub=value` overrides describe, checked. Raises UserError."""
     tree, lines = read_yaml(path)
-    for override in overrides:
-        _override(tree, override)
-        lines[tuple(override.partition("=")[0].split("."))] = f"command line '{override}'"
+    override(tree, overrides)
+    lines |= {tuple(text.partition("=")[0].split(".")): f"command line '{text}'" for text in overrides}
     return parse_config(tree, str(path), lines)
 
 
@@ -89,10 +88,17 @@ def _lines(node: yaml.Node | None, prefix: Path_) -> Iterator[tuple[Path_, int]]
         yield from _lines(value, path)
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`tree` with every "key.sub=value" (the value as in YAML) put into it, in place. Raises UserError."""
+    for text in overrides:
+        _override(tree, text)
+    return tree
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UserError(f"command line '{override}': an override is key=value, for instance learner.optimizer.lr=1e-5")
+        raise UserError(f"command line '{text}': an override is key=value, for instance learner.optimizer.lr=1e-5")
     *parents, last = key.split(".")
     for parent in parents:
         # `method: grpo` becomes a mapping when one of its parts is overridden.
@@ -100,12 +106,12 @@ def _override(tree: dict[str, Any], override: str) -> None:
             tree[parent] = {"row": tree[parent]}
         child = tree.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise UserError(f"command line '{override}': '{parent}' is {child!r}, which has no options below it")
+            raise UserError(f"command line '{text}': '{parent}' is {child!r}, which has no options below it")
         tree = child
     try:
-        tree[last] = yaml.load(text, Loader=_Loader)
+        tree[last] = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError:
-        tree[last] = text
+        tree[last] = value
 
 
 def _explain(error: Any, tree: Mapping[str, Any], source: str, lines: Mapping[Path_, str]) -> str:
@@ -125,7 +131,8 @@ def _explain(error: Any, tree: Mapping[str, Any], source: str, lines: Mapping[Pa
     if error["type"] == "value_error":
         return f"{at}: {error['ctx']['error']}"
     meaning = _meaning(path)
-    return f"{at}: '{name}' is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}{f'. {meaning}' if meaning else ''}"
+    problem = error["msg"][0].lower() + error["msg"][1:]
+    return f"{at}: '{name}' is {error['input']!r}: {problem}{f'. {meaning}' if meaning else ''}"
 
 
 def _written(tree: Any, path: Path_) -> bool:

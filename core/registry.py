@@ -38,7 +38,7 @@ class Registry(dict[str, Callable[..., Any]]):
         return function
 
     def find(self, name: str, where: str) -> Callable[..., Any]:
-        """The function called `name`; raises UserError with the nearest name. `where` says what the user wrote where."""
+        """The function called `name`; raises UserError with the nearest name. `where` is where it is written."""
         if name not in self:
             raise UserError(f"{where}: there is no {self.kind} '{name}'; {nearest(name, self)}")
         return self[name]
@@ -67,7 +67,7 @@ def options_text(function: Callable[..., Any]) -> str:
 
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`options` checked against the annotations of `function`; raises UserError naming `where`.option and the nearest."""
+    """`options` checked against the annotations of `function`; raises UserError naming `where`.option."""
     allowed = options_of(function)
     for name in options:
         if name not in allowed:

@@ -64,7 +64,7 @@ class Completion:
 
     The three tuples have one entry per generated token, the end-of-sequence token included.
 
-    >>> c = Completion(token_ids=(11, 2), rollout_logprobs=(-0.1, -0.7), versions=(3, 3), text="5", finish_reason="stop")
+    >>> c = Completion((11, 2), rollout_logprobs=(-0.1, -0.7), versions=(3, 3), text="5", finish_reason="stop")
     >>> c.truncated, c.staleness(learner_version=4)
     (False, 1)
     """

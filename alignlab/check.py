@@ -1,0 +1,52 @@
+"""The verb `check`: the resolved plan, one rendered prompt, one completion scored by every component. Starts nothing
+but the scoring process."""
+
+from __future__ import annotations
+
+import asyncio
+
+from alignlab.plan import Plan, describe, load_tokenizer, make_plan
+from alignlab.prompts import PromptStream
+from core.config import RunConfig
+from core.schema import Completion, Group, Prompt
+
+
+def check(config: RunConfig) -> str:
+    """The report as text. Raises UserError for whatever would stop the run at its start."""
+    plan = make_plan(config)
+    prompts = PromptStream(config.data, load_tokenizer(config.model), config.seed)
+    prompt = prompts[0]
+    lines = [describe(plan), f"data      {len(prompts)} prompts, {prompts.too_long} left out as too long", ""]
+    lines += [f"the first prompt ({len(prompt.token_ids)} tokens):", _indent(prompt.text), ""]
+    if plan.demonstrations:
+        lines += ["its demonstration:", _indent(str(prompt.columns[config.data.completion_column or ""]))]
+    else:
+        text = _sample_answer(prompt)
+        lines += ["a made-up completion:", _indent(text), "", "what each component says of it:"]
+        lines += asyncio.run(_scores(plan, prompt, text))
+    return "\n".join(lines)
+
+
+def _sample_answer(prompt: Prompt) -> str:
+    answer = prompt.columns.get("answer")
+    return "I do not know." if answer is None else f"The answer is \\boxed{{{answer}}}."
+
+
+async def _scores(plan: Plan, prompt: Prompt, text: str) -> list[str]:
+    from rewards.composer import Composer
+
+    composer = Composer(plan.config.rewards, "rewards.components")
+    try:
+        completion = Completion(tuple(range(len(text.split()))), (), (), text, "stop")
+        group = await composer.score(Group("check", prompt, (completion,)))
+    finally:
+        await composer.close()
+    rows = [
+        f"  {name:<20} {score.status:<8} {score.value:.4g}  {score.detail}".rstrip()
+        for name, (score,) in group.components.items()
+    ]
+    return [*rows, f"  {'total':<20} {'':<8} {group.totals[0]:.4g}"]
+
+
+def _indent(text: str) -> str:
+    return "\n".join("  | " + line for line in text.splitlines())

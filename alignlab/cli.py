@@ -1,0 +1,134 @@
+"""The command `alignlab`: train, eval, check, ls. Heavy libraries are loaded by the verb that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+EXAMPLES = """examples:
+  alignlab check configs/gsm8k-smollm2.yaml                    what would happen, without starting anything
+  alignlab train configs/gsm8k-smollm2.yaml learner.optimizer.lr=3e-6 steps=20
+  alignlab train configs/gsm8k-smollm2.yaml --resume           go on from the newest checkpoint
+  alignlab eval runs/gsm8k-smollm2 --benchmarks gsm8k,math500 --data DIR --limit 100
+  alignlab ls rewards                                          names, options, one line each
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 the run failed, 2 the user can mend it, 130 stopped by Ctrl-C."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes key=value only before the first option; people write them anywhere.
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    from core.errors import UserError
+
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        print(f"alignlab {arguments.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"alignlab {arguments.verb}: stopped at once", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="alignlab",
+        description="Align language models: distributed RL runs, composed rewards, math benchmarks.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    train = _verb(
+        verbs, "train", "run a config to its last step", _train, "alignlab train configs/quickstart.yaml steps=20"
+    )
+    _config_arguments(train)
+    train.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+
+    evaluate = _verb(
+        verbs, "eval", "evaluate a policy on benchmarks", _eval,
+        "alignlab eval runs/quickstart --benchmarks gsm8k,math500 --data DIR --limit 100",
+    )  # fmt: skip
+    evaluate.add_argument("model", help="a run's folder, a checkpoint, a Hugging Face folder, or a hub name")
+    evaluate.add_argument(
+        "--benchmarks", required=True, help="names from `alignlab ls benchmarks` or JSONL files, by comma"
+    )
+    evaluate.add_argument("--data", help="folder with the benchmarks' JSONL files (without it: the hub)")
+    evaluate.add_argument("--limit", type=int, help="problems per benchmark (default: all)")
+    evaluate.add_argument("--samples", type=int, default=1, help="k: completions per problem (default: 1)")
+    evaluate.add_argument("--temperature", type=float, help="default: 0 (greedy) for one sample, 1 for more")
+    evaluate.add_argument("--max-tokens", type=int, help="longest completion (default: the benchmark's)")
+    evaluate.add_argument(
+        "--template", help="user message, {prompt} is the question (default: the run's or benchmark's)"
+    )
+    evaluate.add_argument("--out", help="where results go (default: the run's evals/, or evals/MODEL)")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="options of the actors, e.g. actors.count=2"
+    )
+
+    check = _verb(
+        verbs, "check", "print what a config would do, render a prompt, score a completion", _check,
+        "alignlab check configs/quickstart.yaml",
+    )  # fmt: skip
+    _config_arguments(check)
+
+    ls = _verb(verbs, "ls", "list what exists: methods, parts, rewards, benchmarks", _ls, "alignlab ls methods")
+    ls.add_argument("what", choices=("methods", "parts", "rewards", "benchmarks"))
+    return parser
+
+
+def _verb(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    about: str,
+    run: Callable[[argparse.Namespace], int],
+    example: str,
+) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=about, description=about, epilog=f"example: {example}")
+    verb.set_defaults(run=run)
+    return verb
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the file, e.g. rollout.prompts=8")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from alignlab.train import train
+    from core.loading import load_config
+
+    return train(load_config(arguments.config, arguments.overrides), resume=arguments.resume)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from alignlab.check import check
+    from core.loading import load_config
+
+    print(check(load_config(arguments.config, arguments.overrides)))
+    print(f"\nnext: alignlab train {' '.join([arguments.config, *arguments.overrides])}")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from alignlab.evaluate import evaluate_model
+
+    return evaluate_model(arguments)
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    from alignlab.listing import listing
+
+    print(listing(arguments.what))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

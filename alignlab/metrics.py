@@ -1,0 +1,160 @@
+"""Every number of a run: one writer (metrics.jsonl and TensorBoard), one table of what each name means."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from core.schema import Group
+
+
+class Meaning(NamedTuple):
+    """What a metric says, where it lies in a healthy run, what to do when it leaves that range."""
+
+    meaning: str
+    healthy: str
+    advice: str
+
+
+METRICS: dict[str, Meaning] = {
+    "completion/length_mean": Meaning(
+        "tokens per completion", "changes slowly", "growth without reward: add a length component"
+    ),
+    "completion/length_max": Meaning(
+        "longest completion of the step", "below rollout.max_tokens", "raise rollout.max_tokens"
+    ),
+    "completion/truncated": Meaning("share cut off at rollout.max_tokens", "below 0.1", "raise rollout.max_tokens"),
+    "rollout/staleness": Meaning(
+        "updates between a completion's oldest token and the step, mean",
+        "at most max_staleness",
+        "lower rollout.max_staleness, or use a method with a correction",
+    ),
+    "rollout/staleness_max": Meaning("the same, of the oldest token", "at most max_staleness", "as above"),
+    "rollout/tokens_per_second": Meaning(
+        "trained completion tokens per second of the whole step", "steady", "see time/*"
+    ),
+    "rollout/retried": Meaning("groups given to another actor so far, because theirs was lost", "0", "read logs/"),
+    "rollout/refused": Meaning("late results of lost actors, thrown away, so far", "0", "raise actors.silence_timeout"),
+    "rollout/dropped": Meaning(
+        "groups replaced by the next prompt so far (filter or failure)", "steady", "see metrics.jsonl"
+    ),
+    "time/step": Meaning(
+        "seconds from one step's end to the next", "steady", "the largest part below is the bottleneck"
+    ),
+    "time/wait_groups": Meaning(
+        "seconds the learner waited for scored groups",
+        "small when max_staleness > 0",
+        "add actors or raise rollout.max_staleness",
+    ),
+    "time/train": Meaning("seconds in the learner's step", "steady", "add learner ranks"),
+    "time/publish": Meaning("seconds until every actor served the new version", "far below time/step", "use nccl"),
+    "time/checkpoint": Meaning("seconds to write a checkpoint", "", "checkpoint.every"),
+    "time/eval": Meaning("seconds of the evaluation", "", "eval.limit, eval.every"),
+}
+
+
+class MetricsWriter:
+    """The one writer. `step` counts updates; a resumed run purges what a lost attempt wrote beyond its checkpoint."""
+
+    def __init__(self, folder: Path, *, first_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        purge = first_step + 1 if first_step else None
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl and one point of each curve. NaN (nothing to average) is null and no point."""
+        row = {name: (value if math.isfinite(value) else None) for name, value in sorted(metrics.items())}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **row}) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """A text sample, for TensorBoard's text page."""
+        self._board.add_text(name, markdown, step)
+
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
+        """A distribution, for TensorBoard's histograms."""
+        import numpy as np
+
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            self._board.add_histogram(name, np.asarray(finite), step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.close()
+
+
+def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """What a step's groups say by themselves. `version`: that of the weights before the step."""
+    completions = [completion for group in groups for completion in group.completions]
+    lengths = [len(completion.token_ids) for completion in completions]
+    staleness = [completion.staleness(version) for completion in completions]
+    return {
+        "completion/length_mean": sum(lengths) / len(lengths),
+        "completion/length_max": max(lengths),
+        "completion/truncated": sum(completion.truncated for completion in completions) / len(completions),
+        "rollout/staleness": sum(staleness) / len(staleness),
+        "rollout/staleness_max": max(staleness),
+    }
+
+
+# At most eight numbers, in fixed places; everything else is in the files.
+LINE = {
+    "reward/total": "reward {:.3f}",
+    "completion/length_mean": "length {:.1f}",
+    "completion/truncated": "truncated {:.2f}",
+    "policy/entropy": "entropy {:.3f}",
+    "policy/loss": "loss {:.3f}",
+    "optim/grad_norm": "grad {:.2f}",
+    "rollout/staleness": "staleness {:.1f}",
+    "rollout/tokens_per_second": "{:.0f} tok/s",
+}
+
+
+def step_line(step: int, steps: int, metrics: Mapping[str, float], eta_seconds: float) -> str:
+    """One readable line: the step, at most eight numbers, the time left."""
+    numbers = [text.format(metrics[name]) for name, text in LINE.items() if name in metrics]
+    minutes, seconds = divmod(int(eta_seconds), 60)
+    return f"step {step:>{len(str(steps))}}/{steps}  {'  '.join(numbers)}  eta {minutes}:{seconds:02d}"
+
+
+def rollout_rows(step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """The lines of a rollouts file: one per completion, every reward component a column of its own."""
+    rows = []
+    for group, row in zip(groups, advantages, strict=True):
+        for i, completion in enumerate(group.completions):
+            scores = {name: column[i] for name, column in group.components.items()}
+            rows.append(
+                {
+                    "step": step,
+                    "group": group.id,
+                    "ordinal": group.prompt.ordinal,
+                    "sample": i,
+                    "prompt": group.prompt.text,
+                    "completion": completion.text,
+                    "components": {name: _number(score.value) for name, score in scores.items()},
+                    "missing": {name: f"{s.status}: {s.detail}" for name, s in scores.items() if s.status != "ok"},
+                    "total": _number(group.totals[i]) if group.totals else None,
+                    "advantage": _number(row[i]),
+                    "tokens": len(completion.token_ids),
+                    "finish_reason": completion.finish_reason,
+                    "versions": sorted(set(completion.versions)),
+                    "actor": group.actor,
+                    "attempt": group.attempt,
+                }
+            )
+    return rows
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

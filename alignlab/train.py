@@ -1,0 +1,154 @@
+"""The verb `train`: check everything, start the parts, hand them to the loop, say what to do next."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from alignlab.cluster import cluster
+from alignlab.coordinator import Coordinator
+from alignlab.demonstrations import Demonstrations
+from alignlab.evaluate import Evaluator
+from alignlab.handoff import hand_off
+from alignlab.metrics import MetricsWriter
+from alignlab.plan import Plan, load_tokenizer, make_plan
+from alignlab.prompts import PromptStream
+from alignlab.run import Run
+from alignlab.run_dir import Checkpoint, RunDir
+from core.config import RunConfig
+
+
+def train(config: RunConfig, *, resume: bool = False) -> int:
+    """Run `config` to its last step; 0 when it got there, 130 when Ctrl-C ended it early. Raises UserError."""
+    plan = make_plan(config)
+    tokenizer = load_tokenizer(config.model)
+    prompts = PromptStream(config.data, tokenizer, config.seed)
+    evaluator = Evaluator(plan, tokenizer)
+    run_dir = RunDir.create(config, resume=resume)
+    checkpoint = (run_dir.checkpoints() or [None])[-1]
+    _say_start(plan, run_dir, prompts, checkpoint, resume)
+    with cluster(config):
+        step = asyncio.run(_train(plan, run_dir, tokenizer, prompts, evaluator, checkpoint))
+    _say_end(plan, run_dir, step)
+    return 0 if step >= config.steps else 130
+
+
+async def _train(
+    plan: Plan,
+    run_dir: RunDir,
+    tokenizer: Any,
+    prompts: PromptStream,
+    evaluator: Evaluator,
+    checkpoint: Checkpoint | None,
+) -> int:
+    """Start the parts, run the loop, end the parts. Returns the number of steps done."""
+    from rewards.composer import Composer
+
+    from actors.pool import ActorPool
+    from learner.pool import LearnerPool
+
+    config = plan.config
+    first = checkpoint.step if checkpoint else 0
+    run_dir.forget_after(first)
+    async with AsyncExitStack() as stack:
+        learner = await LearnerPool.start(config, run_dir.path / "skipped")
+        stack.push_async_callback(learner.close)
+        composer = Composer(config.rewards, "rewards.components")
+        stack.push_async_callback(composer.close)
+        if plan.demonstrations:
+            actors: Any = Demonstrations(config, tokenizer)
+        else:
+            actors = ActorPool(config, run_dir.path / "logs")
+            stack.push_async_callback(actors.close)
+            await actors.start()
+        coordinator = Coordinator(
+            prompts=config.rollout.prompts,
+            steps=config.steps,
+            max_staleness=config.rollout.max_staleness,
+            max_attempts=config.rollout.max_attempts,
+        )
+        if checkpoint:
+            await learner.load(checkpoint.path)
+            coordinator.load_state_dict(checkpoint.state()["coordinator"])
+            composer.load_state_dict(checkpoint.state()["rewards"])
+        writer = MetricsWriter(run_dir.path, first_step=first)
+        stack.callback(writer.close)
+
+        async def publish(version: int) -> dict[str, float]:
+            return {} if plan.demonstrations else await hand_off(learner, actors, config, version)
+
+        async def evaluate(version: int) -> dict[str, float]:
+            return await evaluator.run(actors, run_dir.path / "evals" / f"step-{version:06d}", version)
+
+        run = Run(plan, run_dir, coordinator, prompts, actors, composer, learner, publish, evaluate, writer)
+        await publish(first)
+        if first == 0:
+            writer.write(0, await evaluate(0))
+        with _ctrl_c(run):
+            await run.loop()
+        if coordinator.version >= config.steps:
+            writer.write(coordinator.version, await evaluate(coordinator.version))
+        return coordinator.version
+
+
+class _ctrl_c:
+    """The first Ctrl-C (or SIGTERM) ends the run after the present step; the second ends it at once."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._asked = run, False
+
+    def __enter__(self) -> None:
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._loop.add_signal_handler(number, self._stop)
+
+    def __exit__(self, *_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._loop.remove_signal_handler(number)
+
+    def _stop(self) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._run.say("stopping: this step is finished and saved first; Ctrl-C again stops at once")
+        self._run.stop()
+
+
+def _say_start(plan: Plan, run_dir: RunDir, prompts: PromptStream, checkpoint: Checkpoint | None, resume: bool) -> None:
+    config = plan.config
+    print(f"{config.name}: {config.steps} steps into {run_dir.path}; tensorboard --logdir {run_dir.path}/tensorboard")
+    print(
+        f"  {len(prompts)} prompts of {config.data.path}"
+        + (f", {prompts.too_long} left out as too long" * bool(prompts.too_long))
+    )
+    if checkpoint:
+        print(f"  going on from {checkpoint.path}")
+    elif resume:
+        print("  no checkpoint was written yet: starting over")
+
+
+def _say_end(plan: Plan, run_dir: RunDir, step: int) -> None:
+    config = plan.config
+    newest = run_dir.checkpoints()[-1]
+    print(f"done: {step} of {config.steps} steps; policy in {newest.model}")
+    for name in plan.benchmarks:
+        before, after = (_accuracy(run_dir.path, number, name) for number in (0, step))
+        if before and after:
+            print(f"{name}: accuracy {before} -> {after}")
+    if step < config.steps:
+        print(f"next: alignlab train {run_dir.path}/config.yaml --resume")
+    else:
+        print(f"next: alignlab eval {run_dir.path} --benchmarks gsm8k --data DIR")
+        print(f"      tensorboard --logdir {run_dir.path}/tensorboard")
+
+
+def _accuracy(folder: Path, step: int, benchmark: str) -> str | None:
+    path = folder / "evals" / f"step-{step:06d}" / f"{benchmark}.summary.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())["result"]
+    return f"{result['accuracy']:.3f} [{result['low']:.3f}, {result['high']:.3f}]"
