@@ -6,13 +6,25 @@ batch of requests enters as a whole, and weights change while requests in flight
 
 from __future__ import annotations
 
+import os
+import resource
+import sys
+import threading
+import time
+import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
 
+from actors.engine import Engine, EngineSpec, Rejected
+from actors.weights import Broadcast, Refused, Snapshot
 from core.schema import Group, GroupRequest
 
-from actors.engine import Engine, EngineSpec
-from actors.weights import Broadcast, Snapshot
+
+class EngineFailed(Exception):
+    """The engine of this actor died or never started; the message holds its traceback. Replace the actor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +39,7 @@ class Stats:
     waiting: int  # samples not started
     tokens: int  # generated since the start
     busy_seconds: float  # in engine steps, since the start
-    stalled_seconds: float  # since the engine thread last did something it had to do; 0 while idle
+    stalled_seconds: float  # since the engine thread last finished a step it had to do; 0 while idle or loading weights
     max_rss_gib: float
     pid: int
 
@@ -51,13 +63,196 @@ class Poll:
     sequence: int  # hand this back with the next poll: it says what arrived, so a lost answer is sent again
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Something to do with the engine between two steps; `when_idle` waits until nothing is in flight."""
+
+    work: Callable[[Engine], Any]
+    result: Future[Any]
+    when_idle: bool = False
+
+
 class RolloutActor:
-    def __init__(self, name: str, incarnation: int, spec: EngineSpec, make: Callable[[EngineSpec], Engine]) -> None: ...
-    def ready(self, timeout: float) -> Stats: ...
-    def submit(self, requests: Sequence[GroupRequest]) -> None: ...
-    def poll(self, timeout: float, sequence: int = 0) -> Poll: ...
-    def publish(self, weights: Snapshot | Broadcast, wait: bool = False) -> str: ...
-    def connect(self, address: str, port: int, rank: int, world_size: int) -> None: ...
-    def abort(self, ids: Sequence[str]) -> None: ...
-    def status(self) -> Stats: ...
-    def close(self) -> None: ...
+    """A plain class; `actors.placement` puts it into a Ray process or leaves it in this one.
+
+    Its methods may be called from any thread. Once the engine has failed, each of them raises EngineFailed.
+    """
+
+    def __init__(self, name: str, incarnation: int, spec: EngineSpec, make: Callable[[EngineSpec], Engine]) -> None:
+        """Returns at once; `ready` waits until the engine that `make` builds can serve."""
+        self.name, self.incarnation, self.spec = name, incarnation, spec
+        self._changed = threading.Condition()  # guards all that follows
+        self._jobs: deque[_Job] = deque()
+        self._results: list[Group | Failure] = []
+        self._confirmed = 0  # results that have been handed over for good; _results[0] is number _confirmed
+        self._closing = self._started = False
+        self._failure = ""
+        self._state = (0, "", 0, 0, 0)  # version, digest, running, waiting, tokens: written by the engine thread
+        self._busy_seconds, self._waiting_since = 0.0, None  # type: float, float | None
+        self._thread = threading.Thread(target=self._live, args=(make,), name=f"{name}.{incarnation}", daemon=True)
+        self._thread.start()
+
+    # Called from outside -------------------------------------------------------------------------------------------
+
+    def ready(self, timeout: float) -> Stats:
+        """Wait until the engine serves. Raises TimeoutError or EngineFailed."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._started or self._failure, timeout):
+                raise TimeoutError(f"{self.name} did not serve within {timeout:g} s")
+        return self.status()
+
+    def submit(self, requests: Sequence[GroupRequest]) -> None:
+        """Queue requests; all of them enter the engine before its next step, so a batch is reproducible.
+
+        A request that the engine rejects comes back as a Failure with a later poll.
+        """
+        self._ask(lambda engine: self._add(engine, requests))
+
+    def poll(self, timeout: float, sequence: int = 0) -> Poll:
+        """Wait up to `timeout` seconds for results. `sequence` is the last Poll's: what came with it is dropped."""
+        with self._changed:
+            arrived = sequence - self._confirmed
+            if arrived > 0:
+                del self._results[:arrived]
+                self._confirmed = sequence
+            self._changed.wait_for(lambda: self._results or self._failure, timeout)
+            results = list(self._results)
+            sequence = self._confirmed + len(results)
+        stats = self.status()
+        groups = tuple(r for r in results if isinstance(r, Group))
+        return Poll(groups, tuple(r for r in results if isinstance(r, Failure)), stats, sequence)
+
+    def publish(self, weights: Snapshot | Broadcast, wait: bool = False) -> Stats:
+        """Serve these weights from the next step on; their version and digest in the Stats.
+
+        Requests in flight stay, and their later tokens carry the new version; with `wait` they are finished first.
+        Raises weights.Refused (the old version serves on) or EngineFailed.
+        """
+        self._ask(lambda engine: engine.update_weights(weights), when_idle=wait).result()
+        return self.status()
+
+    def connect(self, address: str, port: int, rank: int, world_size: int) -> None:
+        """See Engine.connect."""
+        self._ask(lambda engine: engine.connect(address, port, rank, world_size)).result()
+
+    def abort(self, ids: Sequence[str]) -> None:
+        """Forget these requests. Results that were finished already may still arrive."""
+        self._ask(lambda engine: engine.abort(ids))
+
+    def status(self) -> Stats:
+        """How it is. Raises EngineFailed."""
+        with self._changed:
+            if self._failure:
+                raise EngineFailed(f"the engine of {self.name} failed:\n{self._failure}")
+            since = self._waiting_since
+            return Stats(
+                self.name,
+                self.incarnation,
+                *self._state,
+                busy_seconds=self._busy_seconds,
+                stalled_seconds=0.0 if since is None else time.monotonic() - since,
+                max_rss_gib=_max_rss_gib(),
+                pid=os.getpid(),
+            )
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Stop the engine after its current step and free it."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout)
+
+    def _ask(self, work: Callable[[Engine], Any], when_idle: bool = False) -> Future[Any]:
+        self.status()  # raises if the engine has failed
+        job = _Job(work, Future(), when_idle)
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify_all()
+        return job.result
+
+    # On the engine thread ------------------------------------------------------------------------------------------
+
+    def _live(self, make: Callable[[EngineSpec], Engine]) -> None:
+        engine = None
+        try:
+            engine = make(self.spec)
+            self._note(engine, started=True)
+            while self._wait_for_work(engine):
+                self._do_jobs(engine)
+                self._step(engine)
+        except BaseException:
+            self._fail(traceback.format_exc())
+        else:
+            self._fail("it was closed")
+        finally:
+            if engine is not None:
+                engine.close()
+
+    def _wait_for_work(self, engine: Engine) -> bool:
+        """False when the actor is to close."""
+        with self._changed:
+            busy = sum(engine.unfinished()) > 0
+            if not busy:
+                self._waiting_since = None
+            self._changed.wait_for(lambda: busy or self._jobs or self._closing)
+            self._waiting_since = time.monotonic() if busy else None
+            return not self._closing
+
+    def _do_jobs(self, engine: Engine) -> None:
+        while (job := self._next_job(engine)) is not None:
+            self._waiting_since = None  # who asked keeps the time
+            try:
+                job.result.set_result(job.work(engine))
+            except Refused as error:
+                job.result.set_exception(error)
+            except BaseException as error:
+                job.result.set_exception(EngineFailed(f"the engine of {self.name} failed: {error!r}"))
+                raise
+            finally:
+                self._note(engine)
+
+    def _next_job(self, engine: Engine) -> _Job | None:
+        with self._changed:
+            if not self._jobs or (self._jobs[0].when_idle and sum(engine.unfinished())):
+                return None  # later jobs wait too: order is kept
+            return self._jobs.popleft()
+
+    def _step(self, engine: Engine) -> None:
+        if not sum(engine.unfinished()):
+            return
+        start = self._waiting_since = time.monotonic()
+        groups = engine.step()
+        self._note(engine, [replace(group, actor=self.name) for group in groups], time.monotonic() - start)
+
+    def _add(self, engine: Engine, requests: Sequence[GroupRequest]) -> None:
+        failures = []
+        for request in requests:
+            try:
+                engine.add(request)
+            except Rejected as error:
+                failures.append(Failure(request.id, request.attempt, str(error)))
+        self._note(engine, failures)
+
+    def _note(
+        self, engine: Engine, results: Sequence[Group | Failure] = (), busy: float = 0.0, started: bool = False
+    ) -> None:
+        with self._changed:
+            self._state = (engine.version, engine.digest, *engine.unfinished(), engine.generated())
+            self._busy_seconds += busy
+            self._started |= started
+            self._results.extend(results)
+            if results or started:
+                self._changed.notify_all()
+
+    def _fail(self, reason: str) -> None:
+        with self._changed:
+            self._failure = reason
+            jobs, self._jobs = list(self._jobs), deque()
+            self._changed.notify_all()
+        for job in jobs:
+            job.result.set_exception(EngineFailed(f"the engine of {self.name} failed: {reason}"))
+
+
+def _max_rss_gib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB here

@@ -13,10 +13,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+from actors.weights import Broadcast, Snapshot, verify
 from core.config import RunConfig
 from core.schema import Completion, Group, GroupRequest
-
-from actors.weights import Broadcast, Snapshot, verify
 
 Device = Literal["cpu", "cuda"]
 
@@ -118,7 +117,7 @@ class FakeEngine:
     >>> groups = []
     >>> while sum(engine.unfinished()): groups += engine.step()
     >>> [len(c.token_ids) for c in groups[0].completions], groups[0].completions[0].versions[0]
-    ([2, 4], 0)
+    ([3, 4], 0)
     """
 
     def __init__(self, spec: EngineSpec, *, latency: float = 0.0, fail_at_step: int = 0, vocabulary: int = 100) -> None:
@@ -196,5 +195,5 @@ def check_length(request: GroupRequest, max_model_len: int) -> None:
     if prompt + longest > max_model_len:
         raise Rejected(
             f"request {request.id}: a prompt of {prompt} tokens and max_tokens {longest} need {prompt + longest}, but "
-            f"actors.max_model_len is {max_model_len}; lower data.max_prompt_tokens or max_tokens, or raise max_model_len"
+            f"actors.max_model_len is {max_model_len}; raise it, or lower data.max_prompt_tokens or max_tokens"
         )

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.config import RunConfig
-from core.schema import Group, GroupRequest
-
 from actors.actor import Poll
 from actors.weights import Broadcast, Snapshot
+from core.config import RunConfig
+from core.schema import Group, GroupRequest
 
 
 class ActorLost(Exception):

@@ -79,7 +79,7 @@ class Broadcast:
 
 
 def snapshot(named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, dtype: str | None = None) -> Snapshot:
-    """Copy tensors into a Snapshot, one at a time; floating-point ones become `dtype` (the engine's), if it is given."""
+    """Copy tensors into a Snapshot, one at a time; floating-point ones become `dtype` (the engine's)."""
     import torch
 
     buffer, manifest, digest = bytearray(), [], hashlib.sha256()  # a bytearray grows in place: one copy of the model

@@ -1,0 +1,217 @@
+"""vLLM as an `Engine`: in this process, driven step by step, so that weights change between two steps.
+
+Importing this file imports vLLM (5-10 s), which reads its environment once: call `prepare_environment` before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from actors.engine import EngineBroken, EngineSpec, Rejected, check_length
+from actors.weights import Broadcast, Refused, Snapshot, verify
+from core.schema import Completion, Group, GroupRequest, Sampling
+
+
+def prepare_environment(spec: EngineSpec) -> None:
+    """Set what vLLM and torch read from the environment at import. One engine per process."""
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives here: no step runs unless we ask for it
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    }
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule actors.kv_cache_gib
+    if spec.device == "cpu":
+        os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+        # Left alone, workers of several engines pin themselves to the same first cores.
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if spec.enforce_eager:
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else the first request still waits for a compiler
+
+
+def make(spec: EngineSpec) -> VLLMEngine:
+    """An engine of vLLM, ready to serve the weights on disk as version 0."""
+    prepare_environment(spec)
+    return VLLMEngine(spec)
+
+
+@dataclass(slots=True)
+class _Pending:
+    request: GroupRequest
+    done: dict[int, Completion] = field(default_factory=dict)  # sample -> its completion
+
+
+class VLLMEngine:
+    """See `actors.engine.Engine`. Every sample is a request of its own with its own seed."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self.spec, self.version, self.digest = spec, 0, ""
+        self._llm = LLMEngine.from_engine_args(_engine_args(spec))
+        self._llm.set_weight_version("0")
+        self._tokenizer = self._llm.get_tokenizer()
+        self._pending: dict[str, _Pending] = {}
+        self._finished_tokens = 0
+        self._layout: list[tuple[str, tuple[int, ...]]] = []  # names and shapes of the first snapshot
+
+    def add(self, request: GroupRequest) -> None:
+        from vllm.inputs.engine import tokens_input
+
+        check_length(request, self.spec.max_model_len)
+        if request.id in self._pending:
+            raise Rejected(f"request {request.id}: it is in flight already")
+        # The salt keeps apart the cached prefixes of different weights, also of those that cannot be evicted yet
+        # because a request in flight holds them.
+        prompt = tokens_input(list(request.prompt.token_ids), cache_salt=f"v{self.version}")
+        added = []
+        try:
+            for sample, seed in enumerate(request.seeds):
+                name = f"{request.id}/{sample}"
+                self._llm.add_request(name, prompt, _sampling_params(request.sampling, seed))
+                added.append(name)
+        except (ValueError, TypeError) as error:  # vLLM's validation of a request
+            self._llm.abort_request(added)
+            raise Rejected(f"request {request.id}: {error}") from error
+        self._pending[request.id] = _Pending(request)
+
+    def step(self) -> list[Group]:
+        groups = []
+        for output in self._llm.step():
+            name, _, sample = output.request_id.rpartition("/")
+            pending = self._pending[name]
+            pending.done[int(sample)] = self._completion(output.outputs[0])
+            if len(pending.done) == len(pending.request.seeds):
+                del self._pending[name]
+                completions = tuple(pending.done[i] for i in range(len(pending.done)))
+                groups.append(Group(name, pending.request.prompt, completions, pending.request.attempt))
+        return groups
+
+    def _completion(self, output) -> Completion:
+        """One finished sample. Raises EngineBroken when vLLM ended it for a reason that is no result."""
+        if output.finish_reason not in ("stop", "length"):
+            raise EngineBroken(f"vLLM ended a sample with '{output.finish_reason}' instead of stop or length")
+        token_ids = tuple(output.token_ids)
+        versions = tuple(int(s.version) for s in output.weight_versions for _ in range(s.start, s.end))
+        self._finished_tokens += len(token_ids)
+        return Completion(
+            token_ids=token_ids,
+            rollout_logprobs=tuple(output.logprobs.logprobs),  # flat, and only the sampled token's: logprobs=0
+            versions=versions,
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            finish_reason=output.finish_reason,
+        )
+
+    def abort(self, ids: Collection[str]) -> None:
+        for name in ids:
+            if (pending := self._pending.pop(name, None)) is not None:
+                samples = set(range(len(pending.request.seeds))) - pending.done.keys()
+                self._llm.abort_request([f"{name}/{sample}" for sample in samples])
+
+    def unfinished(self) -> tuple[int, int]:
+        total = self._llm.get_num_unfinished_requests()
+        running = min(total, self.spec.max_num_seqs)
+        return running, total - running
+
+    def generated(self) -> int:
+        states = list(self._llm.output_processor.request_states.values())  # a copy: another thread may be asking
+        return self._finished_tokens + sum(state.detokenizer.num_output_tokens() for state in states)
+
+    def update_weights(self, weights: Snapshot | Broadcast) -> str:
+        self._check(weights)
+        try:
+            self._llm.collective_rpc("start_weight_update")
+            self._receive(weights)
+            self._llm.collective_rpc("finish_weight_update")
+        except Exception as error:
+            raise EngineBroken(f"loading weights of version {weights.version} stopped halfway: {error}") from error
+        self._llm.set_weight_version(str(weights.version))
+        self._llm.reset_prefix_cache()
+        self.version, self.digest = weights.version, weights.digest
+        return self.digest
+
+    def _check(self, weights: Snapshot | Broadcast) -> None:
+        """Raises Refused for weights that must not be loaded, before anything is touched."""
+        expected = "object_store" if isinstance(weights, Snapshot) else "nccl"
+        if self.spec.weight_transfer != expected:
+            raise Refused(f"this engine takes weights by {self.spec.weight_transfer}, not by {expected}")
+        if isinstance(weights, Snapshot):
+            verify(weights)
+            layout = sorted((entry.name, entry.shape) for entry in weights.manifest)
+            if self._layout and layout != self._layout:
+                raise Refused(f"weights of version {weights.version}: other names or shapes than those before them")
+            self._layout = layout
+
+    def _receive(self, weights: Snapshot | Broadcast) -> None:
+        if isinstance(weights, Broadcast):
+            names, dtypes, shapes = zip(*weights.manifest, strict=True)
+            info = {"names": list(names), "dtype_names": list(dtypes), "shapes": [list(s) for s in shapes]}
+            self._llm.collective_rpc("update_weights", kwargs={"update_info": info})
+            return
+        from actors.vllm_weights import update_info
+
+        with update_info(weights, self.spec.tensor_parallel) as info:
+            self._llm.collective_rpc("update_weights", kwargs={"update_info": info})
+
+    def connect(self, address: str, port: int, rank: int, world_size: int) -> None:
+        info = {"master_address": address, "master_port": port, "rank_offset": rank, "world_size": world_size}
+        self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {**info, "packed": True}})
+
+    def close(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def _engine_args(spec: EngineSpec):
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    cpu = spec.device == "cpu"
+    return EngineArgs(
+        model=spec.model,
+        revision=spec.revision,
+        trust_remote_code=False,
+        dtype=spec.dtype,
+        seed=spec.seed,
+        max_model_len=spec.max_model_len,
+        max_num_seqs=spec.max_num_seqs,
+        tensor_parallel_size=spec.tensor_parallel,
+        distributed_executor_backend="uni" if spec.tensor_parallel == 1 else "mp",
+        enable_prefix_caching=spec.prefix_caching,
+        enforce_eager=spec.enforce_eager,
+        gpu_memory_utilization=spec.gpu_memory_utilization,
+        kv_cache_memory_bytes=int(spec.kv_cache_gib * 2**30) if cpu else None,
+        # Log-probabilities of the distribution that is sampled from: after temperature, top-k, top-p, min-p.
+        logprobs_mode="processed_logprobs",
+        # A step scheduled ahead would run on the old weights and be labelled with the new version.
+        async_scheduling=False,
+        disable_log_stats=True,
+        weight_transfer_config=WeightTransferConfig(backend=spec.weight_transfer),
+        worker_extension_cls="actors.vllm_weights.WorkerExtension",
+    )
+
+
+def _sampling_params(sampling: Sampling, seed: int):
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=seed,
+        stop=list(sampling.stop),
+        include_stop_str_in_output=True,
+        ignore_eos=sampling.ignore_eos,
+        detokenize=bool(sampling.stop),  # text is decoded once, at the end, unless stop strings are looked for
+        logprobs=0,  # the sampled token's only
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+    )
