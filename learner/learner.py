@@ -1,35 +1,56 @@
 """One rank of the learner: groups in, one step of the method, new weights out.
 
-    learner = Learner(config, methods.resolve(config.method))
+    learner = Learner(config, resolve(config.method))
     result = learner.step(groups, version=0)          # result.metrics, result.advantages
-    learner.export(lambda tensors: dict(tensors))     # full tensors by Hugging Face name
+    learner.export(dict)                              # full tensors by Hugging Face name
     learner.save(folder); learner.load(folder)
 
-It runs alone in a process (tests, the quickstart's warm start) or as one of N ranks under `learner.pool`. It knows no
-method by name: `method.needs` says which passes to make, `algos` does the rest.
+A step: collate -> passes without gradient (old, reference) -> advantages of the whole step -> per minibatch:
+normalise, micro-batches forward and backward, clip, optimiser. It runs alone in a process (tests, the quickstart's
+warm start) or as one of N ranks under `learner.pool`; then every rank holds all rows and computes its share of the
+micro-batches. It knows no method by name: `method.needs` says which passes to make, `algos` does the rest.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import resource
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from algos.batch import Batch
+from algos.loss import advantages, late, loss, normalise
+from algos.methods import Method
 from core.config import RunConfig
+from core.errors import UserError
 from core.schema import Group
+from learner import checkpoint
+from learner.collate import Micro, Sequences, collate, cost, pack
+from learner.metrics import Totals
+from learner.model import Policy, full, load_policy, named_tensors
+from learner.optim import Optimizer, schedule
 from learner.ranks import Ranks
 
 Result = TypeVar("Result")
+
+# What a method may need: what this learner computes, and what groups, rewards and actors bring along.
+SUPPLIED = {"old", "early_old", "ref", "entropy", "entropy_grad", "late", "rollout", "versions", "components"}
+SUPPLIED |= {"demonstrations"}
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What a step tells the driver. Every rank returns the same.
 
-    metrics: name -> number; METRICS says what each of the learner's own means.
+    metrics: name -> number; `learner.metrics.METRICS` says what each of the learner's own means.
     advantages: per group, per completion: the mean advantage over its trained tokens; NaN where nothing was trained.
     """
 
@@ -40,40 +61,253 @@ class StepResult:
 class Learner:
     """Policy, optimiser and step counter of one rank."""
 
-    def __init__(self, config: RunConfig, method: Any, *, ranks: Ranks | None = None, skipped: Path | None = None):
+    def __init__(
+        self, config: RunConfig, method: Method, *, ranks: Ranks | None = None, skipped: Path | None = None
+    ) -> None:
         """Load the policy (and the reference if `method.needs` it). `ranks` None is one rank without a process group.
 
         skipped: folder below which the batch of an update with a non-finite loss or gradient is written
         (`step-N/`); None keeps no record. Raises UserError when the model cannot be loaded.
         """
-        raise NotImplementedError
+        if missing := sorted(method.needs - SUPPLIED):
+            raise UserError(f"method: '{method.name}' needs {', '.join(missing)}, which this learner does not supply")
+        self.config, self.method, self.skipped = config, method, skipped
+        self.ranks = ranks or Ranks()
+        self.policy = self._load(config.model.path, checkpointing=config.learner.activation_checkpointing)
+        self.reference: Policy | None = None
+        if "ref" in method.needs:
+            self.reference = self._load(config.model.reference or config.model.path)
+            self.reference.requires_grad_(False)
+        self.optimiser = Optimizer(
+            config.learner.optimizer, self.policy.hf.named_parameters(), self.policy.block_parameters()
+        )
+        self.components = tuple(config.rewards.components) if "components" in method.needs else ()
+        self._steps_done = 0
 
     @property
     def steps_done(self) -> int:
         """Steps behind the present weights, those of the loaded checkpoint included."""
-        raise NotImplementedError
+        return self._steps_done
+
+    # --- a step -----------------------------------------------------------------------------------------------------
 
     def step(self, groups: Sequence[Group], version: int) -> StepResult:
         """One step of the method on `groups` (the same list on every rank). `version`: the weights' present version.
 
         Groups of demonstrations have no rollout_logprobs, versions or totals.
         """
-        raise NotImplementedError
+        started = time.perf_counter()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        batch, sequences = self._before(groups, version)
+        before = time.perf_counter() - started
+        options, totals = self.config.learner, Totals()
+        factor = schedule(
+            options.optimizer.schedule, self._steps_done, self.config.steps, options.optimizer.warmup_steps
+        )
+        for rows in self._minibatches(batch.group):
+            minibatch = batch.rows(torch.tensor(rows, device=self.ranks.device))
+            self._update(minibatch, sequences.rows(rows), factor, totals, groups)
+        self._steps_done += 1
+        elapsed = time.perf_counter() - started
+        metrics = self._metrics(totals, batch, factor, before, elapsed)
+        return StepResult(metrics, _per_completion(batch, groups))
+
+    def _before(self, groups: Sequence[Group], version: int) -> tuple[Batch, Sequences]:
+        """The step's batch with everything that is computed before its first update."""
+        batch, sequences = collate(groups, self.ranks.device, self.components)
+        batch = replace(batch, version=version, seed=self._seed("method"))
+        if self.components:
+            weights = [float(c.get("weight", 1.0)) for c in self.config.rewards.components.values()]
+            batch = replace(batch, reward_weights=torch.tensor(weights, device=self.ranks.device))
+        needs, updates = self.method.needs, self.config.learner.epochs * self.config.learner.minibatches
+        # With a single update the old log-probs are those of the update's own forward pass: no pass is spent on them.
+        if needs & {"early_old", "entropy"} or ("old" in needs and updates > 1):
+            old, entropy = self._without_gradient(self.policy, sequences, batch.mask.shape[1])
+            batch = replace(batch, old_logprobs=old, entropy=entropy)
+        if self.reference is not None:
+            ref, _ = self._without_gradient(self.reference, sequences, batch.mask.shape[1])
+            batch = replace(batch, ref_logprobs=ref)
+        return advantages(self.method, batch), sequences
+
+    def _minibatches(self, group: Tensor) -> Iterator[list[int]]:
+        """Rows of each update: per epoch the groups in a new order, in `minibatches` parts as equal as they can be."""
+        rows_of: dict[int, list[int]] = {}
+        for row, number in enumerate(group.tolist()):
+            rows_of.setdefault(number, []).append(row)
+        options = self.config.learner
+        for epoch in range(options.epochs):
+            generator = torch.Generator().manual_seed(self._seed(f"order/{epoch}"))
+            order = torch.randperm(len(rows_of), generator=generator).tensor_split(options.minibatches)
+            groups = list(rows_of.values())
+            yield from ([r for i in part.tolist() for r in groups[i]] for part in order if len(part))
+
+    def _update(
+        self, minibatch: Batch, sequences: Sequences, factor: float, totals: Totals, groups: Sequence[Group]
+    ) -> None:
+        """One optimiser step on a minibatch, or none where there is nothing to train or nothing finite."""
+        width = minibatch.mask.shape[1]
+        if "late" in self.method.needs:
+            logprobs, _ = self._without_gradient(self.policy, sequences, width)
+            minibatch = late(self.method, minibatch, logprobs)
+        else:
+            minibatch = normalise(self.method, minibatch)
+        if minibatch.loss_mask is not None and not minibatch.loss_mask.any():
+            totals.add({"optim/empty": (1.0, 1.0)})
+            return
+        value = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for micro in self._share(sequences):
+            logprobs, entropy = self.policy(micro)
+            if not micro.rows:
+                # A pass of its own for a rank without work: FSDP2's collectives need every rank in every pass.
+                (logprobs.sum() * 0).backward()
+                continue
+            output = loss(
+                self.method,
+                minibatch.rows(torch.tensor(micro.rows, device=self.ranks.device)),
+                micro.rectangle(logprobs, width),
+                micro.rectangle(entropy, width),
+            )
+            # FSDP2 averages gradients over the ranks; parts are to be summed.
+            (output.loss * self.ranks.world).backward()
+            value += output.loss.detach()
+            totals.add(output.metrics)
+            totals.add({"learner/tokens": (micro.tokens.numel(), 1)})
+        self._apply(self.ranks.sum(value).item(), factor, totals, [int(g) for g in minibatch.group.unique()], groups)
+
+    def _apply(self, value: float, factor: float, totals: Totals, numbers: list[int], groups: Sequence[Group]) -> None:
+        """Clip and step, unless the loss or the gradient is not finite: then keep the batch and leave the weights."""
+        norm = self.optimiser.clip().item()
+        finite = math.isfinite(value) and math.isfinite(norm)
+        if finite:
+            self.optimiser.step(factor)
+            totals.add({"policy/loss": (value, 1.0), "optim/grad_norm": (norm, 1.0)})
+        else:
+            self._record(value, norm, [groups[n] for n in numbers])
+        totals.add({"optim/skipped": (float(not finite), 1.0)})
+        self.optimiser.clear()
+
+    def _record(self, value: float, norm: float, groups: Sequence[Group]) -> None:
+        """The batch of a skipped update, to be looked at: `step-N/groups.jsonl` and `step-N/why.json`."""
+        if self.skipped is None or self.ranks.rank:
+            return
+        folder = self.skipped / f"step-{self._steps_done}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "groups.jsonl").open("a") as file:
+            file.writelines(json.dumps(asdict(group), default=str) + "\n" for group in groups)
+        (folder / "why.json").write_text(json.dumps({"loss": str(value), "grad_norm": str(norm)}))
+
+    # --- passes -----------------------------------------------------------------------------------------------------
+
+    def _share(self, sequences: Sequences) -> Iterator[Micro]:
+        """This rank's micro-batches; every rank gets the same number, some of them may have no rows."""
+        rows = [i for i, completion in enumerate(sequences.completions) if completion]
+        lengths = [sequences.length(i) for i in rows]
+        costs = [cost(n, self.policy.hf.config.hidden_size) for n in lengths]
+        bins = pack(lengths, costs, self.config.learner.token_budget, self.ranks.world)
+        for members in bins[self.ranks.rank :: self.ranks.world]:
+            yield Micro.of(sequences, [rows[i] for i in members], self.ranks.device)
+
+    @torch.no_grad()
+    def _without_gradient(self, policy: Policy, sequences: Sequences, width: int) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [B, width] of all rows, on every rank; 0 outside the completions."""
+        both = torch.zeros(2, len(sequences.completions), width, device=self.ranks.device)
+        for micro in self._share(sequences):
+            values = policy(micro)
+            if micro.rows:
+                both[:, micro.rows] = torch.stack([micro.rectangle(v, width) for v in values])
+        # Each cell is filled by one rank and zero on the others, so the sum is exact and the same bits everywhere.
+        logprobs, entropy = self.ranks.sum(both)
+        return logprobs, entropy
+
+    # --- numbers ----------------------------------------------------------------------------------------------------
+
+    def _seed(self, purpose: str) -> int:
+        """A seed that depends on the run's seed, the step and the purpose, and on nothing else."""
+        text = f"learner/{purpose}/{self.config.seed}/{self._steps_done}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % 2**63
+
+    def _metrics(self, totals: Totals, batch: Batch, factor: float, before: float, elapsed: float) -> dict[str, float]:
+        """The step's metrics over all ranks; the method's own of the whole step come from `batch.metrics`."""
+        own = totals.numbers()
+        reports = self.ranks.gather((own, elapsed, self._peak_memory()))
+        merged, step_level = Totals(), Totals()
+        for numbers, _, _ in reports:
+            merged.add(numbers)
+        step_level.add(batch.metrics)
+        seconds = max(r[1] for r in reports)
+        count = merged.pairs
+        # Updates are counted once per rank in what each rank adds, tokens once in all.
+        updates = {n: count[n][0] / self.ranks.world for n in ("optim/skipped", "optim/empty") if n in count}
+        tokens = count.get("learner/tokens", (0.0, 0.0))[0]
+        return {
+            **step_level.means(),
+            **merged.means(),
+            "optim/skipped": 0.0,
+            "optim/empty": 0.0,
+            **updates,
+            "optim/lr": self.config.learner.optimizer.lr * factor,
+            "learner/tokens": tokens,
+            "learner/tokens_per_second": tokens / seconds,
+            "learner/micro_batches": own.get("learner/tokens", (0.0, 0.0))[1],
+            "learner/peak_memory_gib": max(r[2] for r in reports),
+            "time/learner": seconds,
+            "time/learner_before": before,
+            "time/learner_updates": elapsed - before,
+        }
+
+    def _peak_memory(self) -> float:
+        if self.ranks.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+    # --- weights and files ------------------------------------------------------------------------------------------
 
     def export(self, visit: Callable[[Iterator[tuple[str, Tensor]]], Result]) -> Result | None:
         """Full float32 tensors by Hugging Face name, gathered one at a time; tied weights once.
 
         Every rank calls it; rank 0 calls `visit(iterator)` and returns what it returns, the others return None.
         """
-        raise NotImplementedError
+        tensors = ((name, full(tensor)) for name, tensor in named_tensors(self.policy.hf))
+        try:
+            return visit(tensors) if self.ranks.rank == 0 else None
+        finally:
+            # Each gather is a collective: what the visitor left, or never wanted, is still gathered with the others.
+            for _ in tensors:
+                pass
 
     def save(self, folder: Path) -> None:
         """Write the trainer's state to `folder`/trainer and a Hugging Face model to `folder`/model, and fsync both.
 
         `folder` exists and is the caller's to rename. Every rank calls it.
         """
-        raise NotImplementedError
+        model, dtype = self.config.model, getattr(torch, self.config.model.dtype)
+        checkpoint.save_model(folder / "model", self.policy.hf, model.path, dtype, self.ranks)
+        counters = {"steps_done": self._steps_done}
+        checkpoint.save_trainer(folder / "trainer", self.policy.hf, self.optimiser, counters, self.ranks)
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote, bit-equal. Every rank calls it. Raises UserError when it does not fit."""
-        raise NotImplementedError
+        counters = checkpoint.load_trainer(folder / "trainer", self.policy.hf, self.optimiser, self.ranks)
+        self._steps_done = counters["steps_done"]
+
+    def _load(self, path: str, checkpointing: bool = False) -> Policy:
+        return load_policy(
+            self.config.model,
+            path,
+            self.ranks,
+            temperature=self.config.rollout.temperature,
+            chunk=self.config.learner.logprob_chunk,
+            checkpointing=checkpointing,
+        )
+
+
+def _per_completion(batch: Batch, groups: Sequence[Group]) -> list[list[float]]:
+    """Mean advantage of each completion over its trained tokens, channels weighted; NaN where nothing was trained."""
+    trained = batch.mask if batch.loss_mask is None else batch.loss_mask
+    counts = trained.sum(1)
+    total = torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
+    for channel in batch.channels:
+        total += channel.weight * channel.advantages.where(trained, 0.0).sum(1) / counts
+    flat = iter(total.where(counts > 0, math.nan).tolist())
+    return [[next(flat) for _ in group.completions] for group in groups]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,3 +41,11 @@ class Ranks:
         """Until all ranks are here."""
         if self.world > 1:
             dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in the order of the ranks; for a few numbers, not for tensors."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values

@@ -1,0 +1,80 @@
+"""A learner on disk: `trainer/` to continue bit-equal, `model/` for vLLM and transformers.
+
+    trainer/   torch.distributed.checkpoint: float32 master weights and optimiser state, each rank its shards, readable
+               by any number of ranks; counters in learner.json
+    model/     Hugging Face folder: config, generation config, tokenizer, safetensors in the model's `dtype`
+
+There is no random state to save: nothing in the learner draws numbers except the order of the groups, which is a
+function of (seed, step). The caller renames the folder when everything is in it, so nothing here is atomic by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from core.errors import UserError
+from learner.model import full, named_tensors
+from learner.optim import Optimizer
+from learner.ranks import Ranks
+
+
+def save_trainer(folder: Path, hf: PreTrainedModel, optimiser: Optimizer, counters: dict[str, int], ranks: Ranks):
+    """Write `folder` (made here) from all ranks and fsync it."""
+    if ranks.rank == 0:
+        folder.mkdir()
+    ranks.wait()
+    dcp.save(_state(hf, optimiser), checkpoint_id=folder, no_dist=ranks.world == 1)
+    if ranks.rank == 0:
+        (folder / "learner.json").write_text(json.dumps(counters))
+        flush(folder)
+    ranks.wait()
+
+
+def load_trainer(folder: Path, hf: PreTrainedModel, optimiser: Optimizer, ranks: Ranks) -> dict[str, int]:
+    """Read weights and optimiser state in place; returns the counters. UserError when they are of another model."""
+    counters = folder / "learner.json"
+    if not counters.is_file():
+        raise UserError(f"{folder}: not a complete trainer state (learner.json is missing)")
+    try:
+        dcp.load(_state(hf, optimiser), checkpoint_id=folder, no_dist=ranks.world == 1)
+    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+        raise UserError(f"{folder}: does not fit the configured model and optimizer: {error}") from error
+    return json.loads(counters.read_text())
+
+
+def save_model(folder: Path, hf: PreTrainedModel, tokenizer_path: str, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Write the Hugging Face folder on rank 0 (whose memory holds one full copy in `dtype`) and fsync it."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in named_tensors(hf):
+        whole = full(tensor)
+        if ranks.rank == 0:
+            tensors[name] = whole.to("cpu", dtype if whole.is_floating_point() else whole.dtype)
+    if ranks.rank == 0:
+        hf.config.dtype = dtype
+        hf.save_pretrained(folder, state_dict=tensors)
+        AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(folder)
+        flush(folder)
+    ranks.wait()
+
+
+def flush(folder: Path) -> None:
+    """fsync all files below `folder` and the folders themselves, so that a rename of it is a promise kept."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _state(hf: PreTrainedModel, optimiser: Optimizer) -> dict[str, Tensor]:
+    """The live tensors by name; torch.distributed.checkpoint reads into them."""
+    weights = {f"model/{name}": tensor.detach() for name, tensor in named_tensors(hf)}
+    return weights | {f"optimizer/{name}": tensor for name, tensor in optimiser.state()}

@@ -1,0 +1,109 @@
+"""Log-probabilities of given tokens and entropies, without the [N, V] logits in memory.
+
+With N = 8192 tokens and V = 150,000 the float32 logits alone are 4.9 GB, and autograd would keep several of their kind.
+Here the tokens go through the head in chunks, forward and again backward; between the two only [N] numbers are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model does between `hidden @ weight.T + bias` and its logits: logits = cap(scale * x), then / temperature.
+
+    softcap: cap(x) = softcap * tanh(x / softcap), none leaves x (Gemma 2); scale: a constant factor (Cohere, Granite).
+    """
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """log p(target) in nats and the entropy of p, both [N] float32, where p = softmax(logits / temperature).
+
+    hidden [N, H] and weight [V, H] in the compute precision, bias [V] or None, targets [N] int64; `chunk` is the number
+    of tokens whose logits are held at once (two float32 tensors of [chunk, V]). Gradients flow to hidden, weight, bias.
+    """
+    return _TokenLogprobs.apply(hidden, weight, bias, targets, head, chunk)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """With l = log softmax(z) and H = -sum_j p_j l_j:  dl_t/dz_j = [j = t] - p_j  and  dH/dz_j = -p_j (l_j + H)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropy, normalisers = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+        for part in _chunks(len(hidden), chunk):
+            z = _logits(hidden[part], weight, bias, head)
+            normaliser = z.logsumexp(-1)
+            logprobs[part] = z.gather(-1, targets[part, None])[:, 0] - normaliser
+            z -= normaliser[:, None]
+            entropy[part] = -(z.exp() * z).sum(-1)
+            normalisers[part] = normaliser
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy, normalisers)
+        ctx.head, ctx.chunk = head, chunk
+        ctx.set_materialize_grads(False)  # entropies are mostly looked at and not trained on: None instead of zeros
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, entropy, normalisers = ctx.saved_tensors
+        head: Head = ctx.head
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(entropy)
+        grad_hidden = torch.empty_like(hidden)
+        # Many chunks are summed, so the sum is kept in float32 whatever the compute precision.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for part in _chunks(len(hidden), ctx.chunk):
+            z = _logits(hidden[part], weight, bias, head)
+            slope = _softcap_slope(z, head)
+            z -= normalisers[part, None]
+            grad = z.exp()
+            if grad_entropy is None:
+                grad *= -grad_logprobs[part, None]
+            else:
+                grad *= -(grad_logprobs[part, None] + grad_entropy[part, None] * (z + entropy[part, None]))
+            grad.scatter_add_(-1, targets[part, None], grad_logprobs[part, None])
+            if slope is not None:
+                grad *= slope
+            grad = grad.mul_(head.scale / head.temperature).to(weight.dtype)
+            grad_hidden[part] = grad @ weight
+            grad_weight += grad.T @ hidden[part]
+            if grad_bias is not None:
+                grad_bias += grad.sum(0, dtype=torch.float32)
+        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
+
+
+def _chunks(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> Tensor:
+    """[n, V] float32 logits at the temperature."""
+    z = torch.nn.functional.linear(hidden, weight, bias).float()
+    if head.scale != 1.0:
+        z = z * head.scale
+    if head.softcap is not None:
+        z = torch.tanh(z / head.softcap) * head.softcap
+    # A division by 1 would copy [n, V] for nothing.
+    return z if head.temperature == 1.0 else z / head.temperature
+
+
+def _softcap_slope(z: Tensor, head: Head) -> Tensor | None:
+    """d cap(x) / dx, from z = cap(x) / temperature: 1 - tanh^2."""
+    return None if head.softcap is None else 1 - (z * (head.temperature / head.softcap)) ** 2

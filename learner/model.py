@@ -1,0 +1,150 @@
+"""The policy: a transformers causal language model that answers one question: how likely were these tokens?
+
+Master weights are float32 and sharded with FSDP2, block by block; the forward and backward pass compute in the
+model's `dtype`. The Hugging Face model keeps its own parameter names, so what is exported and saved is what vLLM loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from core.config import ModelConfig
+from core.errors import UserError
+from learner import attention
+from learner.collate import Micro
+from learner.logprobs import Head, token_logprobs
+from learner.ranks import Ranks
+
+
+class Policy(nn.Module):
+    """`hf` plus the head that turns hidden states into log-probs. FSDP2 shards it as one root with a unit per block.
+
+    The head's weight is read inside `forward`, because only there FSDP2 has gathered it.
+    """
+
+    def __init__(self, hf: PreTrainedModel, temperature: float, chunk: int) -> None:
+        super().__init__()
+        self.hf = hf
+        self.head = _head(hf, temperature)
+        self.chunk = chunk
+        # Named here, because FSDP2 renames the classes of what it shards.
+        kinds = set(hf._no_split_modules or ())
+        self.blocks = [name for name, module in hf.named_modules() if type(module).__name__ in kinds]
+
+    def block_parameters(self) -> set[str]:
+        """Hugging Face names of the parameters inside the blocks."""
+        prefixes = tuple(f"{name}." for name in self.blocks)
+        return {name for name, _ in self.hf.named_parameters() if name.startswith(prefixes)}
+
+    def forward(self, micro: Micro) -> tuple[Tensor, Tensor]:
+        """Log-probs of `micro.targets` at the rollout temperature and the entropies there, both [M] float32."""
+        # Without use_cache=False transformers makes a cache, and with a cache it no longer sees that a row is packed.
+        extra = {"packing": micro.packing} if self.hf.config._attn_implementation == attention.NAME else {}
+        hidden = self.hf.base_model(
+            input_ids=micro.tokens, position_ids=micro.positions, use_cache=False, **extra
+        ).last_hidden_state[0]
+        head = self.hf.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        return token_logprobs(hidden[micro.predict], head.weight, bias, micro.targets, self.head, self.chunk)
+
+
+def load_policy(
+    config: ModelConfig, path: str, ranks: Ranks, *, temperature: float, chunk: int, checkpointing: bool = False
+) -> Policy:
+    """The model at `path` (a folder or hub name), float32, on this rank, sharded where there is something to shard.
+
+    Raises UserError when transformers cannot load it or its head is of a kind `learner.logprobs` does not compute.
+    """
+    kernel = attention.NAME if config.attention == "sdpa" else config.attention
+    try:
+        # The revision is the model's; a reference is another repository.
+        hf = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=config.revision if path == config.path else None,
+            dtype=torch.float32,
+            attn_implementation=kernel,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.path: transformers cannot load '{path}': {error}") from error
+    _without_dropout(hf)
+    hf.train()
+    if checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = Policy(hf, temperature, chunk)
+    _check_head(policy, path)
+    return shard(policy, getattr(torch, config.dtype), ranks)
+
+
+def shard(policy: Policy, dtype: torch.dtype, ranks: Ranks) -> Policy:
+    """FSDP2 over the ranks: one unit per block, the rest (embeddings, last norm, head) is the root's own.
+
+    One rank that computes in float32 has nothing to shard and nothing to cast: FSDP2 would only copy parameters (see
+    `benches`), so the plain module is the cheapest correct form and takes the same code everywhere else.
+    """
+    if ranks.world == 1 and dtype == torch.float32:
+        return policy.to(ranks.device)
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for name in policy.blocks:
+        fully_shard(policy.hf.get_submodule(name), mesh=mesh, mp_policy=precision)
+    fully_shard(policy, mesh=mesh, mp_policy=precision)
+    return policy.to(ranks.device)
+
+
+def named_tensors(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, parameter or persistent buffer, possibly a shard), tied weights once."""
+    seen: set[int] = set()
+    for name, tensor in hf.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a possibly sharded tensor, detached. A collective: every rank calls it in the same order."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _head(hf: PreTrainedModel, temperature: float) -> Head:
+    """What the model's config says about its logits (the names that transformers' models use)."""
+    c = hf.config
+    scale = (getattr(c, "logit_scale", None) or 1.0) / (getattr(c, "logits_scaling", None) or 1.0)
+    return Head(temperature=temperature, softcap=getattr(c, "final_logit_softcapping", None), scale=scale)
+
+
+@torch.no_grad()
+def _check_head(policy: Policy, path: str) -> None:
+    """Eight tokens through the model's own forward pass and through ours must agree, or training would be wrong."""
+    from learner.collate import Sequences
+
+    vocabulary = policy.hf.get_output_embeddings().weight.shape[0]
+    tokens = tuple(7 * i % vocabulary for i in range(1, 9))
+    micro = Micro.of(Sequences([tokens[:1]], [tokens[1:]]), [0], torch.device("cpu"))
+    ours, _ = policy(micro)
+    extra = {"packing": micro.packing} if policy.hf.config._attn_implementation == attention.NAME else {}
+    logits = policy.hf(input_ids=micro.tokens, position_ids=micro.positions, use_cache=False, **extra).logits[0]
+    theirs = (logits / policy.head.temperature).log_softmax(-1).gather(-1, micro.targets[:, None])[:, 0]
+    if not torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3):
+        raise UserError(
+            f"model.path: the head of '{path}' ({type(policy.hf).__name__}) transforms its logits in a way that "
+            f"learner.logprobs does not compute (log-probs differ by {(ours - theirs).abs().max():.3g})"
+        )
+
+
+def _without_dropout(hf: PreTrainedModel) -> None:
+    """Old, current and reference log-probs must be of the same function, so there is no dropout in training either."""
+    for module in hf.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0

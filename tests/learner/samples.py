@@ -1,0 +1,46 @@
+"""Configs and groups for the learner's tests: random tokens, two rewards, lengths of every kind."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from core.config import RunConfig
+from core.schema import Completion, Group, Prompt
+
+VOCABULARY = 400
+
+
+def config(model: Path, **learner: Any) -> RunConfig:
+    return RunConfig(
+        name="t",
+        steps=10,
+        model={"path": str(model)},
+        data={"path": "none.jsonl"},
+        rollout={"prompts": 4, "group_size": 4},
+        learner={"optimizer": {"lr": 1e-3}, **learner},
+    )
+
+
+def groups(prompts: int = 4, size: int = 4, seed: int = 0, longest: int = 20, sampled: bool = True) -> list[Group]:
+    """Groups with rewards 0 and 1 in turn; `sampled` False makes demonstrations of them."""
+    draw = random.Random(seed)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(4, VOCABULARY) for _ in range(count))
+
+    def completion() -> Completion:
+        ids = tokens(draw.randint(1, longest))
+        known = (tuple(-5.0 for _ in ids), tuple(0 for _ in ids)) if sampled else ((), ())
+        return Completion(ids, *known, text="", finish_reason="stop")
+
+    return [
+        Group(
+            id=f"g{n}",
+            prompt=Prompt(n, "", tokens(draw.randint(1, 9))),
+            completions=tuple(completion() for _ in range(size)),
+            totals=tuple(float((n + i) % 2) for i in range(size)) if sampled else (),
+        )
+        for n in range(prompts)
+    ]
