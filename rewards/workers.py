@@ -1,0 +1,236 @@
+"""Scoring processes that can be killed, because reward functions run foreign code on foreign text.
+
+    driver (asyncio) --one JSON line per (component, group)--> process: the loaded rewards, one thread, limited memory
+                     <--one JSON line per completion---------
+
+What goes wrong costs the one completion it went wrong on. Past its deadline the process and all it has started are
+killed and that completion's status is `timeout`; a process that dies makes it `error`, with the exit code. A fresh
+process scores the remaining ones. What user code prints goes nowhere near the answers. Nothing waits without a limit.
+
+A process imports the reward functions and what they import: no torch, no Ray, no vLLM of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from core.schema import Score
+from rewards.reward import Samples, Scores
+from rewards.worker import decode
+
+START_TIMEOUT = 120.0  # seconds for a process to start, and for a component to load in it
+REPLY_LIMIT = 2**20  # bytes of one answer
+_POLL = 0.2  # seconds between looks at whether a silent process still lives
+_LOG_TAIL = 2000  # bytes of what a process printed that are kept, for the message about its death
+_GRACE = 5.0  # seconds a killed process gets to be gone
+
+
+class RewardFailure(UserError):
+    """Scoring cannot go on: too many completions of a step failed, or no scoring process starts."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a component says of one completion, and how many seconds it took (the deadline where that passed)."""
+
+    scores: Scores
+    seconds: float
+
+
+class _Dead(Exception):
+    """The process went away; the message says how."""
+
+
+class Workers:
+    """A few scoring processes, started when first needed, replaced when they fail. Belongs to one asyncio loop.
+
+    `components` maps a name to {"fn": ..., "options": {...}} as `rewards.reward.bind` takes them, already checked.
+    """
+
+    def __init__(self, components: Mapping[str, Mapping[str, Any]], count: int, timeout: float, memory_gib: float):
+        self.timeout = timeout
+        self._hello = {"components": dict(components), "memory_bytes": int(memory_gib * 2**30)}
+        self._slots = asyncio.Semaphore(count)
+        self._idle: list[_Process] = []
+        self._busy: set[_Process] = set()
+
+    async def score(self, component: str, samples: Samples, batch: bool) -> list[Scored]:
+        """Every completion of `samples` under `component`, in order. Raises RewardFailure if no process starts.
+
+        `batch`: the function scores the group in one call, so the group shares one deadline of timeout x completions.
+        """
+        todo = list(range(len(samples.completions)))
+        done: dict[int, Scored] = {}
+        async with self._slots:
+            while todo:
+                async with self._process() as process:
+                    await self._drain(process, component, samples, batch, todo, done)
+        return [done[i] for i in range(len(samples.completions))]
+
+    async def _drain(
+        self, process: _Process, component: str, samples: Samples, batch: bool, todo: list[int], done: dict[int, Scored]
+    ) -> None:
+        """Let `process` score `todo`, moving indices from there to `done`; return early when the process fails."""
+        limit = self.timeout * len(todo) if batch else self.timeout
+        loaded, started = False, time.monotonic()
+        try:
+            await process.send({"component": component, "samples": asdict(samples), "todo": todo})
+            # Imports and models are loaded on a clock of their own: the first completion is not to blame for them.
+            failure = (await process.receive(START_TIMEOUT)).get("failed")
+            loaded = failure is None
+            if not loaded:
+                self._blame(Score("error", detail=failure), 0.0, todo, todo, done)
+            while todo:
+                started = time.monotonic()
+                reply = await process.receive(limit)
+                done[todo.pop(0)] = Scored(decode(reply["scores"]), reply["seconds"])
+            return
+        except TimeoutError:
+            score = Score("timeout", detail=f"took longer than {limit if loaded else START_TIMEOUT:g} s")
+        except (_Dead, OSError, ValueError, KeyError) as error:
+            score = Score("error", detail=f"{error}{process.log()}")
+        await process.kill()
+        # The completion that was being scored is the culprit; all are where the group is scored at once, or none was.
+        culprits = todo if batch or not loaded else todo[:1]
+        self._blame(score, time.monotonic() - started, culprits, todo, done)
+
+    @staticmethod
+    def _blame(score: Score, seconds: float, culprits: list[int], todo: list[int], done: dict[int, Scored]) -> None:
+        for index in list(culprits):
+            done[index] = Scored(score, seconds)
+            todo.remove(index)
+
+    @contextlib.asynccontextmanager
+    async def _process(self) -> AsyncIterator[_Process]:
+        """A living process, given back afterwards if it still lives."""
+        process = self._idle.pop() if self._idle else await _Process.start(self._hello)
+        self._busy.add(process)
+        whole = False
+        try:
+            yield process
+            whole = True
+        finally:
+            self._busy.discard(process)
+            # After a cancellation the process is in the middle of something, so it is of no more use.
+            if whole and process.alive:
+                self._idle.append(process)
+            else:
+                await process.kill()
+
+    async def close(self) -> None:
+        """Kill all processes and what they have started."""
+        processes = [*self._idle, *self._busy]
+        self._idle.clear()
+        await asyncio.gather(*(process.kill() for process in processes))
+
+
+class _Process:
+    """One scoring process, leader of a session of its own, seen from the driver."""
+
+    def __init__(self, transport: asyncio.SubprocessTransport, streams: asyncio.subprocess.Process) -> None:
+        self._transport = transport
+        self._process = streams
+        self._tail = b""
+        self._log_task = asyncio.ensure_future(self._keep_log())
+        self._killed = False
+
+    @classmethod
+    async def start(cls, hello: Mapping[str, Any]) -> _Process:
+        """Start a process and wait until it answers. Raises RewardFailure."""
+        # -P and the package's own folder: what lies in the working directory cannot take the place of our modules.
+        root = str(Path(__file__).resolve().parents[1])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        loop = asyncio.get_running_loop()
+        transport, protocol = await loop.subprocess_exec(
+            lambda: asyncio.subprocess.SubprocessStreamProtocol(limit=REPLY_LIMIT, loop=loop),
+            *(sys.executable, "-P", "-m", "rewards.worker"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+            env={**os.environ, **one_thread, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+        process = cls(transport, asyncio.subprocess.Process(transport, protocol, loop))
+        try:
+            await process.send(hello)
+            await process.receive(START_TIMEOUT)
+        except (TimeoutError, _Dead, OSError, ValueError) as error:
+            await process.kill()
+            raise RewardFailure(f"a scoring process does not start: {error or 'no answer'} {process.log()}") from None
+        except BaseException:
+            await process.kill()
+            raise
+        return process
+
+    @property
+    def alive(self) -> bool:
+        return not self._killed and self._process.returncode is None
+
+    async def send(self, message: Mapping[str, Any]) -> None:
+        """Hand over one message. Raises TimeoutError when the process does not take it, OSError when it is gone."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message, default=str).encode() + b"\n")
+        await asyncio.wait_for(self._process.stdin.drain(), START_TIMEOUT)
+
+    async def receive(self, seconds: float) -> dict[str, Any]:
+        """The next answer. Raises TimeoutError, _Dead when there will be none, ValueError when it is none."""
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + seconds
+        line = asyncio.ensure_future(self._process.stdout.readline())
+        try:
+            # A process that dies may leave children that hold the pipe open, so its end alone is no sure sign.
+            while self.alive or line.done():
+                left = deadline - time.monotonic()
+                done, _ = await asyncio.wait({line}, timeout=max(0.0, min(_POLL, left)))
+                if done:
+                    break
+                if left <= 0:
+                    raise TimeoutError
+            if line.done() and (text := line.result()):
+                answer = json.loads(text)
+                if not isinstance(answer, dict):
+                    raise ValueError("the scoring process answered with something else than a JSON object")
+                return answer
+        finally:
+            line.cancel()
+        raise _Dead(await self._exit_reason())
+
+    async def _exit_reason(self) -> str:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), _GRACE)
+        code = self._process.returncode
+        if code is not None and code < 0:
+            return f"the scoring process died of {signal.Signals(-code).name} (exit code {code})"
+        return f"the scoring process ended with exit code {code}"
+
+    def log(self) -> str:
+        """The end of what the process printed, as a part of a sentence; empty if it printed nothing."""
+        text = self._tail.decode(errors="replace").strip()
+        return f"; it had printed: ...{text[-300:]}" if text else ""
+
+    async def _keep_log(self) -> None:
+        assert self._process.stderr is not None
+        while block := await self._process.stderr.read(65536):
+            self._tail = (self._tail + block)[-_LOG_TAIL:]
+
+    async def kill(self) -> None:
+        """End the process and its whole group, at once; returns within seconds in any case."""
+        self._killed = True
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), _GRACE)
+        self._log_task.cancel()
+        self._transport.close()  # else a child that left the session would keep our ends of the pipes open
