@@ -13,7 +13,7 @@ from alignlab.benchmarks import Benchmark
 from alignlab.prompts import Row
 from core.config import ModelConfig, RunConfig
 from core.errors import UserError, nearest
-from core.schema import Sampling
+from core.schema import Group, Sampling
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class Plan:
         """How training completions are drawn."""
         r = self.config.rollout
         return Sampling(r.max_tokens, r.temperature, r.top_p, r.top_k, r.min_p, tuple(r.stop))
+
+    def drop(self, group: Group) -> str | None:
+        """Why the method wants this scored group replaced by the next prompt; none keeps it."""
+        return None
 
 
 def make_plan(config: RunConfig) -> Plan:

@@ -105,7 +105,7 @@ class Run:
             event = await asyncio.wait_for(self._events.get(), limit)
         except TimeoutError:
             raise RunAborted(
-                f"nothing happened for {limit:.0f} s (learner.timeout); groups by state: {self.coordinator.tally()}; "
+                f"nothing happened for {limit:g} s (learner.timeout); groups by state: {self.coordinator.tally()}; "
                 f"see {self.run_dir.path / 'logs'}"
             ) from None
         if isinstance(event, Exception):

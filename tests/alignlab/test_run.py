@@ -1,0 +1,179 @@
+"""The loop on fakes: order, files, failures. The same loop on real parts is in test_end_to_end.py."""
+
+import asyncio
+import json
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+
+from actors.actor import Failure, Poll
+from actors.engine import EngineSpec, FakeEngine
+from actors.pool import ActorLost
+from alignlab.coordinator import Coordinator
+from alignlab.metrics import MetricsWriter, step_line
+from alignlab.plan import Plan
+from alignlab.run import Run, RunAborted
+from alignlab.run_dir import RunDir
+from core.loading import parse_config
+from core.schema import Prompt, Score
+
+
+class FakeActors:
+    """Engines without models, stepped by polls. `die_after`: polls of actor-0 before it is lost once."""
+
+    def __init__(self, count=2, die_after=None, reject=()):
+        self.names = tuple(f"actor-{i}" for i in range(count))
+        self.engines = {name: FakeEngine(EngineSpec(model="", max_model_len=64)) for name in self.names}
+        self.die_after, self.reject, self.polls, self.failed = die_after, set(reject), 0, []
+
+    async def submit(self, name, requests):
+        for request in requests:
+            if request.prompt.ordinal in self.reject:
+                self.failed.append(Failure(request.id, request.attempt, "too long"))
+            else:
+                self.engines[name].add(request)
+
+    async def poll(self, name, timeout=1.0):
+        await asyncio.sleep(0)
+        if name == "actor-0" and self.die_after is not None:
+            self.polls += 1
+            if self.polls > self.die_after:
+                self.die_after = None
+                raise ActorLost(name, 0, "killed")
+        failed, self.failed = tuple(self.failed), []
+        return Poll(tuple(self.engines[name].step()), failed, None, 0)
+
+    async def replace(self, name):
+        self.engines[name] = FakeEngine(EngineSpec(model="", max_model_len=64))
+
+
+class FakeComposer:
+    async def score(self, group):
+        scores = tuple(Score("ok", float(i)) for i in range(len(group.completions)))
+        return replace(group, components={"length": scores}, totals=tuple(s.value for s in scores))
+
+    def metrics(self, groups):
+        return {"reward/total": 0.5}
+
+    def state_dict(self):
+        return {"seen": 1}
+
+
+@dataclass
+class FakeLearner:
+    trained: list
+    fail: bool = False
+
+    async def step(self, groups, version):
+        if self.fail:
+            raise RuntimeError("rank 0 died")
+        self.trained.append([g.prompt.ordinal for g in groups])
+        advantages = [[0.0] * len(g.completions) for g in groups]
+        return SimpleNamespace(metrics={"optim/grad_norm": 1.0}, advantages=advantages)
+
+    async def save(self, folder):
+        (folder / "model").mkdir()
+
+
+def make(tmp_path, actors, trainer=None, evals=None, **changes):
+    tree = {"name": "r", "steps": 3, "model": {"path": "m"}, "data": {"path": "d"}, "output_dir": str(tmp_path)}
+    tree |= {"rollout": {"prompts": 2, "group_size": 2, "max_tokens": 8}, "checkpoint": {"every": 2}} | changes
+    config = parse_config(tree, "test")
+    run_dir = RunDir.create(config, resume=False)
+    prompts = SimpleNamespace()
+    prompts = type("P", (), {"__getitem__": lambda self, n: Prompt(n, f"q{n}", (n + 1,))})()
+    coordinator = Coordinator(2, config.steps, config.rollout.max_staleness)
+    published = []
+
+    async def publish(version):
+        published.append(version)
+        return {}
+
+    async def evaluate(step):
+        evals.append(step)
+        return {"eval/x/accuracy": 0.5}
+
+    plan = Plan(config, SimpleNamespace(needs=frozenset(), filter=None), {})
+    learner = trainer or FakeLearner([])
+    writer = MetricsWriter(run_dir.path)
+    run = Run(
+        plan,
+        run_dir,
+        coordinator,
+        prompts,
+        actors,
+        FakeComposer(),
+        learner,
+        publish,
+        evaluate,
+        writer,
+        say=lambda t: None,
+    )
+    return run, learner, published
+
+
+def test_a_run_trains_every_group_once_and_leaves_its_files(tmp_path):
+    evals = []
+    run, learner, published = make(tmp_path, FakeActors(), evals=evals, eval={"every": 1})
+    asyncio.run(run.loop())
+    assert learner.trained == [[0, 1], [2, 3], [4, 5]]
+    assert (published, evals) == ([1, 2, 3], [1, 2])  # the last evaluation is the caller's
+    rows = [json.loads(line) for line in (run.run_dir.path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "reward/total" in row] == [1, 2, 3]
+    assert [c.step for c in run.run_dir.checkpoints()] == [2, 3]
+    assert run.run_dir.checkpoints()[-1].state()["coordinator"]["next_ordinal"] == 6
+    rollouts = (run.run_dir.path / "rollouts" / "step-000002.jsonl").read_text().splitlines()
+    assert len(rollouts) == 4 and json.loads(rollouts[1])["components"] == {"length": 1.0}
+
+
+def test_a_lost_actor_loses_no_group_and_samples_do_not_depend_on_who_generates(tmp_path):
+    runs = []
+    for name, actors in {"whole": FakeActors(), "lost": FakeActors(die_after=2), "one": FakeActors(1)}.items():
+        run, learner, _ = make(tmp_path / name, actors)
+        asyncio.run(run.loop())
+        assert learner.trained == [[0, 1], [2, 3], [4, 5]]
+        path = run.run_dir.path / "rollouts"
+        rows = [json.loads(line) for file in sorted(path.iterdir()) for line in file.read_text().splitlines()]
+        runs.append([(row["ordinal"], row["sample"], row["completion"]) for row in rows])
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_a_prompt_that_no_engine_takes_is_dropped_with_its_reason(tmp_path):
+    run, learner, _ = make(tmp_path, FakeActors(reject=[1]))
+    asyncio.run(run.loop())
+    assert learner.trained == [[0, 2], [3, 4], [5, 6]]
+    assert run.coordinator.counts["dropped/failed: too long"] == 1
+
+
+def test_what_a_part_raises_ends_the_run(tmp_path):
+    run, _, _ = make(tmp_path, FakeActors(), FakeLearner([], fail=True))
+    with pytest.raises(RuntimeError, match="rank 0 died"):
+        asyncio.run(run.loop())
+
+
+def test_silence_is_noticed(tmp_path):
+    class Silent(FakeActors):
+        async def poll(self, name, timeout=1.0):
+            await asyncio.sleep(60)
+
+    run, _, _ = make(tmp_path, Silent(), learner={"timeout": 0.2})
+    with pytest.raises(RunAborted, match=r"nothing happened for 0.2 s .*'leased': 2"):
+        asyncio.run(run.loop())
+
+
+def test_stop_finishes_the_step_and_saves(tmp_path):
+    run, learner, _ = make(tmp_path, FakeActors())
+
+    async def interrupted():
+        run.stop()
+        await run.loop()
+
+    asyncio.run(interrupted())
+    assert len(learner.trained) <= 1
+    assert [c.step for c in run.run_dir.checkpoints()] == [len(learner.trained)]
+
+
+def test_the_step_line_has_at_most_eight_numbers():
+    metrics = {"reward/total": 0.5, "completion/length_mean": 20.25, "optim/grad_norm": 1.0, "time/step": 3.0}
+    assert step_line(3, 60, metrics, eta_seconds=83) == "step  3/60  reward 0.500  length 20.2  grad 1.00  eta 1:23"
