@@ -106,42 +106,36 @@ def guard_statistics(
     drift (the first on-policy minibatch): shift 0 and scale 1.
     """
     valid = bucket >= 0
-    index = bucket[valid]
-    drift = (logprobs.detach()[valid] - old_logprobs.detach()[valid]).to(
-        torch.promote_types(logprobs.dtype, torch.float32)
-    )
-    room = old_logprobs.detach()[valid].to(drift.dtype).exp()
-
-    def total(values: Tensor) -> Tensor:
-        return drift.new_zeros(buckets).index_add_(0, index, values)
-
-    count = total(torch.ones_like(drift))
-    seen = count.clamp(min=1)
-    mean, scale = _shift_and_scale(drift, index, count, total, min_tokens, sigma_floor, scale_max)
-    delta = torch.where(count > 0, torch.ones_like(count), torch.zeros_like(count))
+    index, wide = bucket[valid], torch.promote_types(logprobs.dtype, torch.float32)
+    old = old_logprobs.detach()[valid].to(wide)
+    drift = logprobs.detach()[valid].to(wide) - old
+    count = _sums(torch.ones_like(drift), index, buckets)
+    mean, spread, pooled = _moments(drift, index, count, min_tokens)
+    if pooled < sigma_floor:
+        mean, scale = torch.zeros_like(count), torch.ones_like(count)
+    else:
+        scale = (pooled / spread.clamp(min=sigma_floor)).clamp(1 / scale_max, scale_max)
+    delta = (count > 0).to(wide)
     if gradient_reweight:
-        size = (total((1 - room) ** 2) / seen).sqrt().clamp(min=g_floor)
+        size = (_sums((1 - old.exp()) ** 2, index, buckets) / count.clamp(min=1)).sqrt().clamp(min=g_floor)
         raw = 1 / (scale * size)
-        average = (count * raw).sum() / count.sum().clamp(min=1)
-        delta = delta * (raw / average).clamp(delta_min, delta_max)
+        delta = delta * (raw / ((count * raw).sum() / count.sum().clamp(min=1))).clamp(delta_min, delta_max)
     return Guard(bucket, count.long(), mean, scale, delta)
 
 
-def _shift_and_scale(drift, index, count, total, min_tokens, sigma_floor, scale_max):  # type: ignore[no-untyped-def]
-    none, unit = torch.zeros_like(count), torch.ones_like(count)
-    if len(drift) == 0:
-        return none, unit
-    pooled_mean = drift.mean()
-    pooled = ((drift - pooled_mean) ** 2).mean().sqrt()
-    if pooled < sigma_floor:
-        return none, unit
-    seen = count.clamp(min=1)
-    mean = total(drift) / seen
-    spread = (total((drift - mean[index]) ** 2) / seen).sqrt()
+def _sums(values: Tensor, index: Tensor, buckets: int) -> Tensor:
+    return values.new_zeros(buckets).index_add_(0, index, values)
+
+
+def _moments(drift: Tensor, index: Tensor, count: Tensor, min_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and population deviation of each bucket, pooled ones where it has too few tokens; the pooled deviation."""
+    pooled_mean = drift.sum() / count.sum().clamp(min=1)
+    pooled = (((drift - pooled_mean) ** 2).sum() / count.sum().clamp(min=1)).sqrt()
+    seen, buckets = count.clamp(min=1), len(count)
+    mean = _sums(drift, index, buckets) / seen
+    spread = (_sums((drift - mean[index]) ** 2, index, buckets) / seen).sqrt()
     few = count < min_tokens
-    mean, spread = torch.where(few, pooled_mean, mean), torch.where(few, pooled, spread)
-    scale = (pooled / spread.clamp(min=sigma_floor)).clamp(1 / scale_max, scale_max)
-    return torch.where(count > 0, mean, none), torch.where(count > 0, scale, unit)
+    return torch.where(few, pooled_mean, mean), torch.where(few, pooled, spread), pooled
 
 
 def guarded_log_ratio(

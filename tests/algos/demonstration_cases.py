@@ -151,14 +151,18 @@ def traac_length_reward(case: Case) -> Outputs:
     }
 
 
-def optimiser_trace(case: Case, optimiser: torch.optim.Optimizer, p: torch.nn.Parameter) -> Outputs:
+def optimiser_trace(case: Case, optimiser: Spam | StableSpam, p: torch.nn.Parameter) -> Outputs:
     trace = []
     for gradient in case.inputs["grads"]:
         p.grad = torch.tensor(gradient, dtype=case.dtype)
         optimiser.step()
-        group, state = optimiser.param_groups[0], optimiser.state[p]
-        seen = {"scale": group.get("scale"), "clipped": state.get("clipped"), "cap": state.get("cap")}
-        trace.append({"p": p.detach().clone(), "norm_target": state.get("target"), **seen})
+        state, seen = optimiser.state[p], optimiser.last.get(p, {})
+        if isinstance(optimiser, Spam):
+            scale = optimiser.metrics()["optim/spam_scale"]
+            numbers = {"scale": scale, "clipped": int(optimiser.metrics()["optim/spam_clipped"])}
+        else:
+            numbers = {"cap": seen["cap"], "norm_target": seen.get("target")}
+        trace.append({"p": p.detach().clone(), **numbers})
     return {"trace": trace, "m": state["m"], "v": state["v"]}
 
 
