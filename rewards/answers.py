@@ -11,7 +11,8 @@ import re
 from fractions import Fraction
 
 _DROP = re.compile(
-    r"\\(?:left|right|displaystyle|limits|bigl|bigr|big)(?![a-zA-Z])|(?<!\\)\\[!,;: ]|\\\$|\$|~|°|\^\s*\\circ(?![a-z])|\^\s*\{\s*\\circ\s*\}"
+    r"\\(?:left|right|displaystyle|limits|bigl|bigr|big)(?![a-zA-Z])|(?<!\\)\\[!,;: ]|\\\$|\$|~"
+    r"|°|\^\s*\\circ(?![a-z])|\^\s*\{\s*\\circ\s*\}"
 )
 _FRAC = re.compile(r"\\[dtc]frac(?![a-z])")
 _UNIT_MACRO = re.compile(
@@ -47,6 +48,7 @@ _POWER = re.compile(
 )
 _HUGE = re.compile(r"\d{4,}[)}\]\s]*!|![)}\]\s]*!|binom\s*\{?\s*\d{5,}|\d{400}")
 DIGITS_LIMIT = 4000  # digits of a number that algebra is asked to work out
+DEPTH_LIMIT = 40  # brackets within each other
 
 
 def clean(answer: str) -> str:
@@ -138,14 +140,14 @@ def words(text: str) -> str:
     return re.sub(r"^(?:the|a|an)\s+", "", re.sub(r"\s+", " ", bare).strip())
 
 
-def too_large(text: str) -> bool:
-    r"""Whether working the text out would need numbers of more than 4,000 digits: 10^{10^{10}}, (9!)!, 99999!.
+def too_complex(text: str) -> bool:
+    r"""Whether working the text out would need brackets in 40 others or numbers of 4,000 digits: 10^{10^{10}}, (9!)!.
 
     An estimate from the written numbers: the last power is the innermost of a tower, so powers are replaced by their
     values from the right; exponents of groups are multiplied. What escapes it, the scoring process's deadline ends.
     """
     text = clean(text)
-    if _HUGE.search(text):
+    if _HUGE.search(text) or _depth(text) > DEPTH_LIMIT:
         return True
     group_exponents = 1
     while powers := list(_POWER.finditer(text)):
@@ -163,3 +165,11 @@ def too_large(text: str) -> bool:
         if group_exponents > DIGITS_LIMIT:
             return True
     return False
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest

@@ -23,7 +23,7 @@ def boxed(completion: str) -> float:
 
 @rewards
 def think_format(completion: str) -> float:
-    """1 if the text starts with <think>, has no second one, and closes it with </think>; else 0.
+    """1 if the text starts with `<think>`, has no second one, and closes it with `</think>`; else 0.
 
     The same condition as TRL's `think_format_reward`.
     """
@@ -33,9 +33,9 @@ def think_format(completion: str) -> float:
 
 @rewards
 def tag_count(completion: str) -> float:
-    r"""0.25 for each of "<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>" that occurs exactly once.
+    """0.25 for each of `<think>`, `</think>`, `<answer>`, `</answer>` that occurs exactly once, on a line of its own.
 
-    As in open-r1's `tag_count_reward`.
+    As in open-r1's `tag_count_reward`: the opening tag of the thinking needs no line break before it, the last none after.
     """
     return sum(0.25 for tag in _TAGS if completion.count(tag) == 1)
 

@@ -9,7 +9,7 @@ r"""Is the answer right? THE check of mathematics, for training and for evaluati
 3. Compare as text, as exact numbers, as words (`rewards.answers`): this decides nearly all answers in microseconds.
 4. Else math-verify compares the two as expressions, sets, intervals, equations. It loads sympy, takes milliseconds, and
    on hostile input can run for ever inside C code, where no alarm reaches it. So answers that cannot be meant are
-   refused first (length, towers of powers, large factorials), and rewards run where a process can be killed.
+   refused first (length, nesting, towers of powers, large factorials), and rewards run where a process can be killed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import re
 from typing import Any, Literal
 
 from core.schema import Score
-from rewards.answers import clean, compare, too_large
+from rewards.answers import clean, compare, too_complex
 from rewards.reward import rewards
 
 Extract = Literal["boxed", "marked", "any"]
@@ -29,8 +29,8 @@ Extract = Literal["boxed", "marked", "any"]
 ANSWER_LIMIT = 300  # characters; longer answers are refused (unless the right one is longer)
 _TAIL = 300  # characters in which the last number is looked for
 
-_BOX = re.compile(r"\\f?boxed\s*\{")
-_BRACE = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BETWEEN_BOXES = re.compile(r"(?:[\s,;.$&]|\\[()\[\],;!:]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|\band\b|\bor\b)*")
 _LAST_NUMBER = re.compile(r"(?<![\w.^{])[-+]?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?%?")
 
@@ -60,8 +60,8 @@ def grade(completion: str, gold: object, *, extract: Extract = "marked") -> Scor
     if len(answer) > max(ANSWER_LIMIT, 2 * len(right)):
         return Score("ok", 0.0, "answer too long to be one")
     equal = compare(answer, right)
-    if equal is None and too_large(answer):
-        return Score("ok", 0.0, "answer names a number too large to be one")
+    if equal is None and too_complex(answer):
+        return Score("ok", 0.0, "answer too complex to be one")
     return _verify(answer, right) if equal is None else Score("ok", float(equal))
 
 
@@ -85,8 +85,8 @@ def after_thinking(text: str) -> str:
 def boxed_answer(text: str) -> str | None:
     r"""The last box; together with the boxes that precede it without words between, as "a, b, c".
 
-    >>> boxed_answer(r"\boxed{1} is wrong, it is \boxed{2}."), boxed_answer(r"\boxed{1}, \boxed{2}"), boxed_answer(r"\boxed{3")
-    ('2', '1, 2', None)
+    >>> boxed_answer(r"\boxed{1} is wrong, it is \boxed{2}."), boxed_answer(r"\boxed{1}, \boxed{2}")
+    ('2', '1, 2')
     """
     boxes = _boxes(text)
     if not boxes or boxes[-1][1] < 0:
@@ -134,7 +134,7 @@ def _boxes(text: str) -> list[tuple[int, int]]:
 
 
 def last_number(text: str) -> str | None:
-    """The last number in the last 300 characters, with its sign, fraction and percent sign; thousands commas allowed."""
+    """The last number of the last 300 characters, with sign, thousands commas, fraction and percent sign."""
     numbers = _LAST_NUMBER.findall(text[-_TAIL:])
     return numbers[-1] if numbers else None
 

@@ -176,7 +176,7 @@ def load_function(fn: str, where: str) -> Callable[..., Any]:
         raise UserError(f"{where}: '{fn}' names the file {path}, which does not exist{hint}")
     try:
         module = _load_module(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{where}: {path} cannot be loaded: {describe_error(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -245,7 +245,7 @@ async def _await(result: Any) -> Any:
 def as_scores(result: Any) -> Scores:
     """What one completion got, from what a per-completion function returned. Raises TypeError or ValueError."""
     if isinstance(result, Mapping):
-        return {str(key): as_score(value) for key, value in result.items()}
+        return {str(key): as_score(value) for key, value in _not_empty(result).items()}
     return as_score(result)
 
 
@@ -264,9 +264,15 @@ def as_score(value: Any) -> Score:
 def as_columns(result: Any, count: int) -> list[Scores]:
     """What each completion got, from what a batch function returned: a list, or a mapping of lists."""
     if isinstance(result, Mapping):
-        columns = {str(key): _column(values, count) for key, values in result.items()}
+        columns = {str(key): _column(values, count) for key, values in _not_empty(result).items()}
         return [{key: values[i] for key, values in columns.items()} for i in range(count)]
     return list(_column(result, count))
+
+
+def _not_empty(result: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    if not result:
+        raise ValueError("returned an empty mapping")
+    return result
 
 
 def _column(values: Any, count: int) -> Sequence[Score]:

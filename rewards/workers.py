@@ -64,6 +64,7 @@ class Workers:
         self._slots = asyncio.Semaphore(count)
         self._idle: list[_Process] = []
         self._busy: set[_Process] = set()
+        self._closed = False
 
     async def score(self, component: str, samples: Samples, batch: bool) -> list[Scored]:
         """Every completion of `samples` under `component`, in order. Raises RewardFailure if no process starts.
@@ -87,10 +88,10 @@ class Workers:
         try:
             await process.send({"component": component, "samples": asdict(samples), "todo": todo})
             # Imports and models are loaded on a clock of their own: the first completion is not to blame for them.
-            failure = (await process.receive(START_TIMEOUT)).get("failed")
-            loaded = failure is None
+            answer = await process.receive(START_TIMEOUT)
+            loaded = "failed" not in answer
             if not loaded:
-                self._blame(Score("error", detail=failure), 0.0, todo, todo, done)
+                self._blame(Score("error", detail=answer["failed"]), 0.0, todo, todo, done)
             while todo:
                 started = time.monotonic()
                 reply = await process.receive(limit)
@@ -114,6 +115,8 @@ class Workers:
     @contextlib.asynccontextmanager
     async def _process(self) -> AsyncIterator[_Process]:
         """A living process, given back afterwards if it still lives."""
+        if self._closed:
+            raise RewardFailure("the scoring processes were closed while completions were being scored")
         process = self._idle.pop() if self._idle else await _Process.start(self._hello)
         self._busy.add(process)
         whole = False
@@ -130,6 +133,7 @@ class Workers:
 
     async def close(self) -> None:
         """Kill all processes and what they have started."""
+        self._closed = True
         processes = [*self._idle, *self._busy]
         self._idle.clear()
         await asyncio.gather(*(process.kill() for process in processes))
