@@ -1,5 +1,8 @@
 """Attention for packed rows: sequences concatenated into one row [1, N], none of which sees another.
 
+The completions of a group share their prompt: it is in the row once, so all matrices work on it once, and only
+attention lays it out before each completion. With prompts as long as completions that nearly halves the work.
+
 transformers' own sdpa path for packed rows builds a dense [N, N] mask and computes all N^2 scores: a hundred times too
 many for a hundred short sequences. Here everything but attention stays padding-free; for attention alone the tokens are
 laid out as right-padded rectangles, one per class of similar lengths, where plain causal attention is exact: a padding
@@ -25,51 +28,55 @@ NAME = "packed_sdpa"
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Sequences of similar lengths, right-padded to [b, t].
+    """Sequences of similar lengths, right-padded to [b, t]. cells: [b * t] int64, which token of the row each cell is.
 
-    cell_tokens: [b * t] int64, the token of each cell (of a padding cell: any). real_cells, real_tokens: [n] int64, the
-    cells that hold tokens, and which.
+    A padding cell is any token: nothing reads it.
     """
 
     b: int
     t: int
-    cell_tokens: Tensor
-    real_cells: Tensor
-    real_tokens: Tensor
+    cells: Tensor
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the sequences of a row lie. `cells` [N] int64: a token's place in all rectangles laid end to end."""
+    """Where the sequences of a row lie. `places` [N] int64: a cell of each token in all rectangles laid end to end."""
 
     rectangles: tuple[Rectangle, ...]
-    cells: Tensor
+    places: Tensor
 
 
-def packing(lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
-    """The packing of consecutive sequences of the given lengths (each at least 1).
+def packing(
+    prompts: Sequence[tuple[int, int]], completions: Sequence[tuple[int, int]], device: torch.device | str = "cpu"
+) -> Packing:
+    """The packing of sequences given by (first token, number of tokens) of their prompt and of their completion.
 
-    A rectangle takes sequences down to half of its longest one, so padding never doubles the cells and the number of
-    rectangles grows with the logarithm of the longest length.
+    Sequences may have a prompt in common: its tokens are in the row once and in several cells. Every token of the row
+    belongs to a sequence. A rectangle takes sequences down to half of its longest one, so padding never doubles the
+    cells and the number of rectangles grows with the logarithm of the longest length.
     """
-    length = torch.tensor(lengths)
-    starts = length.cumsum(0) - length
-    order = torch.argsort(length, descending=True, stable=True).tolist()
-    rectangles, cells, filled = [], torch.empty(int(length.sum()), dtype=torch.int64), 0
-    while order:
-        longest = lengths[order[0]]
-        members = [i for i in order if 2 * lengths[i] >= longest]
-        order = order[len(members) :]
-        steps = torch.arange(longest)
-        is_real = (steps < length[members, None]).flatten()
-        cell_tokens = (starts[members, None] + steps).flatten().where(is_real, torch.tensor(0))
-        real_cells = is_real.nonzero()[:, 0]
-        real_tokens = cell_tokens[real_cells]
-        cells[real_tokens] = filled + real_cells
-        filled += len(is_real)
-        indices = (x.to(device) for x in (cell_tokens, real_cells, real_tokens))
-        rectangles.append(Rectangle(len(members), longest, *indices))
-    return Packing(tuple(rectangles), cells.to(device))
+    prompt_start, prompt_length = torch.tensor(prompts).T
+    start, length = torch.tensor(completions).T
+    lengths = prompt_length + length
+    order = torch.argsort(lengths, descending=True, stable=True)
+    rectangles, filled = [], 0
+    places = torch.empty(int(torch.maximum(prompt_start + prompt_length, start + length).max()), dtype=torch.int64)
+    while len(order):
+        longest = int(lengths[order[0]])
+        fits = 2 * lengths[order] >= longest
+        members, order = order[fits], order[~fits]
+        step = torch.arange(longest)
+        in_prompt = step < prompt_length[members, None]
+        cells = torch.where(
+            in_prompt, prompt_start[members, None] + step, (start - prompt_length)[members, None] + step
+        )
+        real = step < lengths[members, None]
+        cells = cells.where(real, 0).flatten()
+        real = real.flatten().nonzero()[:, 0]
+        places[cells[real]] = filled + real
+        filled += len(cells)
+        rectangles.append(Rectangle(len(members), longest, cells.to(device)))
+    return Packing(tuple(rectangles), places.to(device))
 
 
 def packed_sdpa(
@@ -114,34 +121,33 @@ def _band(t: int, window: int | None, device: torch.device) -> Tensor | None:
 
 
 class _ToRectangle(torch.autograd.Function):
-    """[N, heads, d] -> [b, t, heads, d]. Each token has one cell, so the backward pass is an assignment, not a sum."""
+    """[N, heads, d] -> [b, t, heads, d]. A token's gradient is the sum over its cells (of padding: zero)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rectangle: Rectangle) -> Tensor:
-        ctx.rectangle, ctx.count = rectangle, len(x)
-        return x[rectangle.cell_tokens].view(rectangle.b, rectangle.t, *x.shape[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        r: Rectangle = ctx.rectangle
-        grad = grad.flatten(0, 1)
-        out = grad.new_zeros(ctx.count, *grad.shape[1:])
-        out[r.real_tokens] = grad[r.real_cells]
-        return out, None
-
-
-class _FromRectangles(torch.autograd.Function):
-    """All rectangles' cells -> [N, heads, d]; the gradient of a padding cell is zero."""
-
-    @staticmethod
-    def forward(ctx: Any, cells: Tensor, packing: Packing) -> Tensor:
-        ctx.packing, ctx.shape = packing, cells.shape
-        return cells[packing.cells]
+        ctx.rectangle, ctx.shape = rectangle, x.shape
+        return x[rectangle.cells].view(rectangle.b, rectangle.t, *x.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         out = grad.new_zeros(ctx.shape)
-        out[ctx.packing.cells] = grad
+        if grad.is_cuda:  # here the order of index_add_ is not fixed, that of index_put_ is
+            return out.index_put_((ctx.rectangle.cells,), grad.flatten(0, 1), accumulate=True), None
+        return out.index_add_(0, ctx.rectangle.cells, grad.flatten(0, 1)), None
+
+
+class _FromRectangles(torch.autograd.Function):
+    """All rectangles' cells -> [N, heads, d]; the gradient of a cell that is not read is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, cells: Tensor, packing: Packing) -> Tensor:
+        ctx.packing, ctx.shape = packing, cells.shape
+        return cells[packing.places]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out = grad.new_zeros(ctx.shape)
+        out[ctx.packing.places] = grad
         return out, None
 
 

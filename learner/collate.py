@@ -1,11 +1,11 @@
 """Groups to tensors: the rectangle [B, T] that `algos` computes on, and packed rows [1, N] that the model reads.
 
-    batch, sequences = collate(groups)                   # the whole step, on every rank
-    bins = pack(costs, lengths, token_budget, ranks)     # which sequences share a micro-batch
-    micro = Micro.of(sequences, bins[i], device)         # one packed row
+    batch, sequences = collate(groups)                    # the whole step, on every rank
+    shares = split(sequences, hidden, budget, ranks)      # which rows make a micro-batch
+    micro = Micro.of(sequences, shares[i], device)        # one packed row
 
-A packed row holds prompts and completions end to end without padding. The last token of a completion is predicted but
-never read, so it is not in the row.
+A packed row holds prompts and completions end to end without padding; the rows of a group share their prompt. The last
+token of a completion is predicted but never read, so it is not in the row.
 """
 
 from __future__ import annotations
@@ -25,18 +25,45 @@ from learner.attention import Packing, packing
 
 @dataclass(frozen=True)
 class Sequences:
-    """The tokens of a step, ragged: row i of the batch is `prompts[i]` followed by `completions[i]`."""
+    """The tokens of a step, ragged: row i of the batch is `prompts[i]` followed by `completions[i]`.
+
+    Rows of the same `groups[i]` have the same prompt.
+    """
 
     prompts: list[tuple[int, ...]]
     completions: list[tuple[int, ...]]
+    groups: list[int]
 
     def rows(self, index: Sequence[int]) -> Sequences:
         """The sequences of some rows."""
-        return Sequences([self.prompts[i] for i in index], [self.completions[i] for i in index])
+        return Sequences(*([column[i] for i in index] for column in (self.prompts, self.completions, self.groups)))
 
-    def length(self, row: int) -> int:
-        """Tokens that the model reads for a row; 0 for an empty completion, which has nothing to predict."""
-        return len(self.prompts[row]) + len(self.completions[row]) - 1 if self.completions[row] else 0
+    def length(self, rows: Sequence[int]) -> int:
+        """Tokens that the model reads for rows of one group: the prompt once, of each completion all but the last."""
+        return len(self.prompts[rows[0]]) + sum(len(self.completions[r]) - 1 for r in rows)
+
+    def cost(self, rows: Sequence[int], hidden: int) -> int:
+        """Work on rows of one group, in units of 2 * hidden operations per layer.
+
+        Per token the matrices of a block do about 24 * hidden^2 operations, causal attention 2 * hidden * length.
+        """
+        squares = sum((len(self.prompts[r]) + len(self.completions[r])) ** 2 for r in rows)
+        return 12 * hidden * self.length(rows) + squares
+
+    def units(self, most: int, share: bool) -> list[list[int]]:
+        """Rows that are packed together: those of a group (each its own without `share`), cut at `most` tokens.
+
+        A single row may be longer. Empty completions are in no unit: they have nothing to predict.
+        """
+        units: dict[int, list[list[int]]] = {}
+        for row, completion in enumerate(self.completions):
+            if not completion:
+                continue
+            parts = units.setdefault(self.groups[row] if share else row, [[]])
+            if parts[-1] and self.length(parts[-1]) + len(completion) - 1 > most:
+                parts.append([])
+            parts[-1].append(row)
+        return [part for parts in units.values() for part in parts]
 
 
 @dataclass(frozen=True)
@@ -57,24 +84,38 @@ class Micro:
     packing: Packing
 
     @classmethod
-    def of(cls, sequences: Sequences, rows: Sequence[int], device: torch.device) -> Micro:
-        """Pack the given rows, none of them empty. Without rows: a stand-in of one token, for a rank without work."""
+    def of(cls, sequences: Sequences, rows: Sequence[int], device: torch.device, share: bool = True) -> Micro:
+        """Pack the given rows, none of them empty; with `share` the rows of a group read their prompt once.
+
+        Without rows: a stand-in of one token, for a rank without work.
+        """
         if not rows:
             zero, none = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(0, device=device).long()
-            return cls([], zero[None], zero[None], zero, zero, none, none, packing([1], device))
-        tokens, positions, predict, targets, row, step = [], [], [], [], [], []
-        for i, r in enumerate(rows):
-            prompt, completion = sequences.prompts[r], sequences.completions[r]
-            first = len(tokens) + len(prompt) - 1  # the last prompt token predicts the first target
-            tokens += (prompt + completion)[:-1]
-            positions += range(sequences.length(r))
-            predict += range(first, len(tokens))
-            targets += completion
-            row += [i] * len(completion)
-            step += range(len(completion))
-        columns = (torch.tensor(x, dtype=torch.int64, device=device) for x in (predict, targets, row, step))
-        read = (torch.tensor([x], dtype=torch.int64, device=device) for x in (tokens, positions))
-        return cls(list(rows), *read, *columns, packing([sequences.length(r) for r in rows], device))
+            return cls([], zero[None], zero[None], zero, zero, none, none, packing([(0, 1)], [(1, 0)], device))
+        tokens: list[int] = []
+        positions: list[int] = []
+        predict: list[int] = []
+        prompts: dict[int, tuple[int, int]] = {}  # of each group: first token, number of tokens
+        spans: list[tuple[int, int]] = []
+        keys = [sequences.groups[r] if share else r for r in rows]
+        for r, key in zip(rows, keys, strict=True):
+            prompt, read = sequences.prompts[r], sequences.completions[r][:-1]
+            if key not in prompts:
+                prompts[key] = (len(tokens), len(prompt))
+                tokens += prompt
+                positions += range(len(prompt))
+            predict.append(sum(prompts[key]) - 1)  # the last prompt token predicts the first target
+            predict += range(len(tokens), len(tokens) + len(read))
+            spans.append((len(tokens), len(read)))
+            tokens += read
+            positions += range(len(prompt), len(prompt) + len(read))
+        counts = [len(sequences.completions[r]) for r in rows]
+        targets = [t for r in rows for t in sequences.completions[r]]
+        row = [i for i, count in enumerate(counts) for _ in range(count)]
+        step = [t for count in counts for t in range(count)]
+        packed = (torch.tensor([x], dtype=torch.int64, device=device) for x in (tokens, positions))
+        cells = (torch.tensor(x, dtype=torch.int64, device=device) for x in (predict, targets, row, step))
+        return cls(list(rows), *packed, *cells, packing([prompts[k] for k in keys], spans, device))
 
     def rectangle(self, values: Tensor, width: int) -> Tensor:
         """[M] values laid out as [len(rows), width]; zero where nothing was predicted. Differentiable."""
@@ -124,22 +165,25 @@ def collate(
         versions=rectangle([c.versions for c in completions], torch.int64) if from_engine else None,
         rollout_logprobs=rectangle([c.rollout_logprobs for c in completions], torch.float32) if from_engine else None,
     )
-    return batch, Sequences([g.prompt.token_ids for g, _ in rows], [c.token_ids for c in completions])
+    prompts = [g.prompt.token_ids for g, _ in rows]
+    return batch, Sequences(prompts, [c.token_ids for c in completions], numbers)
 
 
-def cost(length: int, hidden: int) -> int:
-    """Work of one sequence, in units of 2 * hidden operations per layer.
-
-    Per token the matrices of a block do about 24 * hidden^2 operations and causal attention 2 * hidden * length.
-    """
-    return length * (12 * hidden + length)
+def split(sequences: Sequences, hidden: int, token_budget: int, ranks: int, share: bool = True) -> list[list[int]]:
+    """Rows of each micro-batch, a multiple of `ranks`; rank r takes those at r, r + ranks, ... See `pack`."""
+    whole = sequences.units(token_budget, share)
+    # A group goes to one rank, so that its prompt is read once, unless there are too few groups for all ranks.
+    most = min(token_budget, -(-sum(map(sequences.length, whole)) // ranks)) if whole else token_budget
+    units = sequences.units(most, share)
+    bins = pack([sequences.length(u) for u in units], [sequences.cost(u, hidden) for u in units], token_budget, ranks)
+    return [[row for u in members for row in units[u]] for members in bins]
 
 
 def pack(lengths: Sequence[int], costs: Sequence[int], token_budget: int, ranks: int) -> list[list[int]]:
-    """Indices of the sequences in each micro-batch; their number is a multiple of `ranks`, so it may hold empty ones.
+    """Indices of the units in each micro-batch; their number is a multiple of `ranks`, so it may hold empty ones.
 
-    Longest processing time first: the costliest sequence left goes to the cheapest micro-batch that has room. A
-    sequence longer than the budget has a micro-batch to itself. Deterministic. Micro-batches come out costliest first,
+    Longest processing time first: the costliest unit left goes to the cheapest micro-batch that has room. A unit longer
+    than the budget has a micro-batch to itself. Deterministic. Micro-batches come out costliest first,
     so those that the ranks run side by side (0 .. ranks-1, ranks .. 2 ranks-1, ...) cost nearly the same.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-costs[i], i))
@@ -153,7 +197,7 @@ def pack(lengths: Sequence[int], costs: Sequence[int], token_budget: int, ranks:
 def _place(
     order: Sequence[int], lengths: Sequence[int], costs: Sequence[int], budget: int, count: int
 ) -> list[list[int]] | None:
-    """Sequences placed into `count` micro-batches, or None where one finds no room."""
+    """Units placed into `count` micro-batches, or None where one finds no room."""
     bins: list[list[int]] = [[] for _ in range(count)]
     tokens, work = np.zeros(count), np.zeros(count)
     for i in order:

@@ -33,7 +33,7 @@ from core.config import RunConfig
 from core.errors import UserError
 from core.schema import Group
 from learner import checkpoint
-from learner.collate import Micro, Sequences, collate, cost, pack
+from learner.collate import Micro, Sequences, collate, split
 from learner.metrics import Totals
 from learner.model import Policy, full, load_policy, named_tensors
 from learner.optim import Optimizer, schedule
@@ -201,12 +201,10 @@ class Learner:
 
     def _share(self, sequences: Sequences) -> Iterator[Micro]:
         """This rank's micro-batches; every rank gets the same number, some of them may have no rows."""
-        rows = [i for i, completion in enumerate(sequences.completions) if completion]
-        lengths = [sequences.length(i) for i in rows]
-        costs = [cost(n, self.policy.hf.config.hidden_size) for n in lengths]
-        bins = pack(lengths, costs, self.config.learner.token_budget, self.ranks.world)
-        for members in bins[self.ranks.rank :: self.ranks.world]:
-            yield Micro.of(sequences, [rows[i] for i in members], self.ranks.device)
+        hidden, share = self.policy.hf.config.hidden_size, self.policy.shares_prompts
+        shares = split(sequences, hidden, self.config.learner.token_budget, self.ranks.world, share)
+        for rows in shares[self.ranks.rank :: self.ranks.world]:
+            yield Micro.of(sequences, rows, self.ranks.device, share)
 
     @torch.no_grad()
     def _without_gradient(self, policy: Policy, sequences: Sequences, width: int) -> tuple[Tensor, Tensor]:

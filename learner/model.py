@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from core.config import ModelConfig
 from core.errors import UserError
 from learner import attention
-from learner.collate import Micro
+from learner.collate import Micro, Sequences
 from learner.logprobs import Head, token_logprobs
 from learner.ranks import Ranks
 
@@ -38,6 +38,11 @@ class Policy(nn.Module):
         kinds = set(hf._no_split_modules or ())
         self.blocks = [name for name, module in hf.named_modules() if type(module).__name__ in kinds]
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the rows of a group may read their prompt once: our own attention can, the others cannot."""
+        return self.hf.config._attn_implementation == attention.NAME
+
     def block_parameters(self) -> set[str]:
         """Hugging Face names of the parameters inside the blocks."""
         prefixes = tuple(f"{name}." for name in self.blocks)
@@ -46,7 +51,7 @@ class Policy(nn.Module):
     def forward(self, micro: Micro) -> tuple[Tensor, Tensor]:
         """Log-probs of `micro.targets` at the rollout temperature and the entropies there, both [M] float32."""
         # Without use_cache=False transformers makes a cache, and with a cache it no longer sees that a row is packed.
-        extra = {"packing": micro.packing} if self.hf.config._attn_implementation == attention.NAME else {}
+        extra = {"packing": micro.packing} if self.shares_prompts else {}
         hidden = self.hf.base_model(
             input_ids=micro.tokens, position_ids=micro.positions, use_cache=False, **extra
         ).last_hidden_state[0]
@@ -60,7 +65,7 @@ def load_policy(
 ) -> Policy:
     """The model at `path` (a folder or hub name), float32, on this rank, sharded where there is something to shard.
 
-    Raises UserError when transformers cannot load it or its head is of a kind `learner.logprobs` does not compute.
+    Raises UserError when transformers cannot load it or `_check` finds other log-probs.
     """
     kernel = attention.NAME if config.attention == "sdpa" else config.attention
     try:
@@ -80,7 +85,7 @@ def load_policy(
     if checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(hf, temperature, chunk)
-    _check_head(policy, path)
+    _check(policy, path)
     return shard(policy, getattr(torch, config.dtype), ranks)
 
 
@@ -123,22 +128,30 @@ def _head(hf: PreTrainedModel, temperature: float) -> Head:
 
 
 @torch.no_grad()
-def _check_head(policy: Policy, path: str) -> None:
-    """Eight tokens through the model's own forward pass and through ours must agree, or training would be wrong."""
-    from learner.collate import Sequences
+def _check(policy: Policy, path: str) -> None:
+    """Two short sequences with one prompt, packed, against the model's own logits of each alone.
 
-    vocabulary = policy.hf.get_output_embeddings().weight.shape[0]
-    tokens = tuple(7 * i % vocabulary for i in range(1, 9))
-    micro = Micro.of(Sequences([tokens[:1]], [tokens[1:]]), [0], torch.device("cpu"))
+    It finds heads that transform their logits in other ways, and layers whose state crosses packed sequences.
+    """
+    vocabulary = policy.hf.get_input_embeddings().weight.shape[0]
+    a, b, c = (tuple(7 * i % vocabulary for i in range(first, first + 5)) for first in (1, 9, 17))
+    micro = Micro.of(Sequences([a, a], [b, c], [0, 0]), [0, 1], torch.device("cpu"), policy.shares_prompts)
     ours, _ = policy(micro)
-    extra = {"packing": micro.packing} if policy.hf.config._attn_implementation == attention.NAME else {}
-    logits = policy.hf(input_ids=micro.tokens, position_ids=micro.positions, use_cache=False, **extra).logits[0]
-    theirs = (logits / policy.head.temperature).log_softmax(-1).gather(-1, micro.targets[:, None])[:, 0]
+    kernel, policy.hf.config._attn_implementation = policy.hf.config._attn_implementation, "eager"
+    theirs = torch.cat([_plain_logprobs(policy, a, completion) for completion in (b, c)])
+    policy.hf.config._attn_implementation = kernel
     if not torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3):
         raise UserError(
-            f"model.path: the head of '{path}' ({type(policy.hf).__name__}) transforms its logits in a way that "
-            f"learner.logprobs does not compute (log-probs differ by {(ours - theirs).abs().max():.3g})"
+            f"model.path: '{path}' ({type(policy.hf).__name__}) cannot be trained on packed sequences here: log-probs "
+            f"differ by {(ours - theirs).abs().max():.3g} from those of the model alone (a head or a layer of a kind "
+            "that learner.model does not know)"
         )
+
+
+def _plain_logprobs(policy: Policy, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
+    logits = policy.hf(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    logprobs = (logits.float() / policy.head.temperature).log_softmax(-1)
+    return logprobs.gather(-1, torch.tensor(completion)[:, None])[:, 0]
 
 
 def _without_dropout(hf: PreTrainedModel) -> None:

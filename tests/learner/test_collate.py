@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from core.config import ModelConfig
 from core.schema import Completion, Group, Prompt
-from learner.collate import Micro, Sequences, collate, pack
+from learner.collate import Micro, Sequences, collate, pack, split
 from learner.model import Policy, load_policy
 from learner.ranks import Ranks
 from tests.learner import samples
@@ -33,7 +33,7 @@ def test_a_packed_row_equals_its_sequences_one_by_one(tiny: Path, attention: str
     rows = list(range(len(sequences.prompts)))
     model = policy(tiny, attention)
     with torch.no_grad():
-        together, entropy = model(Micro.of(sequences, rows, CPU))
+        together, entropy = model(Micro.of(sequences, rows, CPU, share=model.shares_prompts))
         apart = [model(Micro.of(sequences, [r], CPU)) for r in rows]
     assert torch.allclose(together, torch.cat([a for a, _ in apart]), atol=1e-5, rtol=0)
     assert torch.allclose(entropy, torch.cat([e for _, e in apart]), atol=1e-5, rtol=0)
@@ -70,7 +70,9 @@ def test_a_sliding_window_hides_what_lies_further_back() -> None:
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 7, 4) for _ in range(3))
-    packed, _ = packed_sdpa(torch.nn.Identity(), q, k, v, None, packing=packing([3, 4]), sliding_window=2)
+    packed, _ = packed_sdpa(
+        torch.nn.Identity(), q, k, v, None, packing=packing([(0, 1), (3, 2)], [(1, 2), (5, 2)]), sliding_window=2
+    )
     # Token 6 is the last of the second sequence (tokens 3..6) and sees only 5 and 6.
     scores = (q[0, :, 6:] @ k[0, :, 5:7].transpose(1, 2) / 2).softmax(-1)
     assert torch.allclose(packed[0, 6], (scores @ v[0, :, 5:7])[:, 0], atol=1e-6)
@@ -86,11 +88,13 @@ def test_a_batch_holds_every_completion_in_order() -> None:
     assert batch.truncated.tolist() == [True, False, False]
     assert batch.rollout_logprobs[0].tolist() == [-1.0, -2.0, -3.0] and batch.versions[0].tolist() == [4, 4, 5]
     assert batch.rewards[0] == 1.0 and batch.rewards[1].isnan() and batch.rewards[2] == 0.0
-    micro = Micro.of(sequences, [0, 2], CPU)
-    assert micro.tokens.tolist() == [[1, 2, 7, 8, 1, 2]]  # the last token of each is predicted, not read
+    micro = Micro.of(sequences, [0, 1, 2], CPU)
+    # The first group's prompt is read once; the last token of each completion is predicted, not read.
+    assert micro.tokens.tolist() == [[1, 2, 7, 8, 1, 2]]
     assert micro.positions.tolist() == [[0, 1, 2, 3, 0, 1]]
-    assert micro.predict.tolist() == [1, 2, 3, 5] and micro.targets.tolist() == [7, 8, 9, 6]
-    assert micro.rectangle(torch.tensor([1.0, 2, 3, 4]), 4).tolist() == [[1, 2, 3, 0], [4, 0, 0, 0]]
+    assert micro.predict.tolist() == [1, 2, 3, 1, 5] and micro.targets.tolist() == [7, 8, 9, 6, 6]
+    assert micro.rectangle(torch.arange(5.0), 4).tolist() == [[0, 1, 2, 0], [3, 0, 0, 0], [4, 0, 0, 0]]
+    assert Micro.of(sequences, [0, 1], CPU, share=False).tokens.tolist() == [[1, 2, 7, 8, 1, 2]]
 
 
 def test_a_mixture_of_sampled_and_given_completions_is_refused() -> None:
@@ -117,5 +121,12 @@ def test_micro_batches_cost_nearly_the_same() -> None:
     assert len(loads) == 4 and max(loads) - min(loads) <= 50
 
 
-def test_an_empty_completion_has_length_zero() -> None:
-    assert Sequences([(1, 2)], [()]).length(0) == 0
+def test_a_group_stays_together_unless_it_is_too_long_or_there_are_too_few() -> None:
+    sequences = Sequences([(1, 2)] * 6, [(3, 4, 5)] * 5 + [()], [0, 0, 0, 1, 1, 1])  # 2 + 3 * 2 and 2 + 2 * 2 tokens
+    assert sequences.units(100, share=True) == [[0, 1, 2], [3, 4]]
+    assert sequences.units(6, share=True) == [[0, 1], [2], [3, 4]]
+    assert sequences.units(100, share=False) == [[0], [1], [2], [3], [4]]
+    assert split(sequences, 8, 100, 1) == [[0, 1, 2, 3, 4]]
+    alone = sequences.rows([0, 1, 2, 3])
+    assert split(alone.rows([0, 1]), 8, 100, 2) == [[0], [1]]  # one group, two ranks
+    assert split(alone.rows([0]), 8, 100, 2) == [[0], []]
