@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import sys
 import threading
 import time
@@ -41,6 +42,7 @@ class Stats:
     busy_seconds: float  # in engine steps, since the start
     stalled_seconds: float  # since the engine thread last finished a step it had to do; 0 while idle or loading weights
     max_rss_gib: float
+    host: str
     pid: int
 
 
@@ -152,6 +154,7 @@ class RolloutActor:
                 busy_seconds=self._busy_seconds,
                 stalled_seconds=0.0 if since is None else time.monotonic() - since,
                 max_rss_gib=_max_rss_gib(),
+                host=socket.gethostname(),
                 pid=os.getpid(),
             )
 

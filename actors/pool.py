@@ -5,15 +5,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from actors.actor import Poll
-from actors.weights import Broadcast, Snapshot
+from actors.actor import EngineFailed, Failure, Poll, Stats
+from actors.engine import Engine, EngineSpec
+from actors.placement import Gone, Handle, Host, Make, RayHost
+from actors.routing import Errand
+from actors.weights import Broadcast, Refused, Snapshot
 from core.config import RunConfig
+from core.errors import UserError
 from core.schema import Group, GroupRequest
+
+CALL_SECONDS = 60.0  # for calls that only queue something
 
 
 class ActorLost(Exception):
@@ -37,26 +47,295 @@ class Published:
 class ActorPool:
     """
     pool = ActorPool(config, log_dir)                      # Ray must be running; host=ThreadHost() needs no Ray
-    await pool.start()                                     # UserError if the cluster cannot place it
-    await pool.publish(snapshot)                           # Snapshot or a Ray reference to one
+    await pool.start()                                     # UserError if it cannot be placed or does not start
+    published = await pool.publish(snapshot)               # a Snapshot, or a Ray reference to one
     await pool.submit("actor-0", requests)                 # ActorLost
-    poll = await pool.poll("actor-0", timeout=1.0)         # ActorLost
-    incarnation = await pool.replace("actor-0")            # with the last published weights loaded
+    poll = await pool.poll("actor-0")                      # ActorLost
+    incarnation = await pool.replace("actor-0")            # serves the last published weights
     async for group in pool.run(requests): ...             # routing, retries and replacement inside
     await pool.close()
     """
 
-    names: tuple[str, ...]
-    incarnations: dict[str, int]
+    def __init__(self, config: RunConfig, log_dir: Path, *, host: Host | None = None, make: Make | None = None) -> None:
+        """`host` is where actors live (Ray), `make` builds an engine from an EngineSpec (vLLM)."""
+        self.config, self.log_dir = config, Path(log_dir)
+        self.names = tuple(f"actor-{i}" for i in range(config.actors.count))
+        self.incarnations = dict.fromkeys(self.names, 0)
+        self._host, self._make = host or RayHost(), make or _vllm
+        self._spec: EngineSpec | None = None
+        self._handles: dict[str, Handle] = {}
+        self._lost: dict[str, str] = {}  # name -> why its current incarnation must be replaced
+        self._seen = dict.fromkeys(self.names, 0)  # the incarnation that the caller of `poll` knows of
+        self._weights: Any = None  # what was published last, for late joiners
+        self.supply: Callable[[], Awaitable[Any]] | None = None  # a Snapshot for late joiners; needed with nccl only
+        self.connected = False  # all actors are members of the learner's NCCL group
+        self._locks = {name: asyncio.Lock() for name in self.names}  # one replacement at a time
+        self._polls = {name: asyncio.Lock() for name in self.names}  # one poll at a time
+        self._sequence = dict.fromkeys(self.names, 0)
+        self._mail: dict[str, list[Group | Failure]] = {name: [] for name in self.names}  # polled for somebody else
+        self._errands: list[Errand] = []  # the runs in progress
+        self._stats: dict[str, Stats] = {}
+        self._meter = _Meter()
 
-    def __init__(self, config: RunConfig, log_dir: Path, *, host: Any = None, make: Any = None) -> None: ...
-    async def start(self) -> None: ...
-    async def submit(self, name: str, requests: Sequence[GroupRequest]) -> None: ...
-    async def poll(self, name: str, timeout: float = 1.0) -> Poll: ...
-    async def abort(self, name: str, ids: Sequence[str]) -> None: ...
-    async def publish(self, weights: Snapshot | Broadcast | Any, wait: bool = False) -> Published: ...
-    async def connect(self, address: str, port: int) -> int: ...
-    async def replace(self, name: str) -> int: ...
-    def run(self, requests: Iterable[GroupRequest]) -> AsyncIterator[Group]: ...
-    def metrics(self) -> dict[str, float]: ...
-    async def close(self) -> None: ...
+    # Life ----------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Place and start all actors in parallel. Raises UserError that says what did not start and why."""
+        self._spec = EngineSpec.of(self.config, await self._host.place(self.config))
+        outcomes = await asyncio.gather(*(self._launch(name) for name in self.names), return_exceptions=True)
+        failures = {n: str(o) for n, o in zip(self.names, outcomes, strict=True) if isinstance(o, BaseException)}
+        if failures:
+            await self.close()
+            first, *others = failures
+            also = f"\nalso not started: {', '.join(others)} (logs in {self.log_dir})" if others else ""
+            raise UserError(failures[first] + also)
+
+    async def _launch(self, name: str) -> None:
+        incarnation, seconds = self.incarnations[name], self.config.actors.start_timeout
+        log = self.log_dir / f"{name}.{incarnation}.log"
+        handle = self._host.start(self.names.index(name), name, incarnation, self._spec, self._make, log)
+        try:
+            stats = await handle.call("ready", seconds, timeout=seconds)
+        except Exception as error:
+            handle.kill()
+            reason = f"no sign of life for {seconds:g} s" if isinstance(error, TimeoutError) else str(error)
+            raise ActorLost(name, incarnation, f"it did not start: {reason}{_tail(log)}") from None
+        self._handles[name], self._sequence[name], self._stats[name] = handle, 0, stats
+
+    async def replace(self, name: str) -> int:
+        """A new incarnation in place of a lost or stale one, serving the last published weights; its number.
+
+        Does nothing if the actor is well: a `run` in progress has replaced it. Raises ActorLost if the new one fails.
+        """
+        await self._renew(name)
+        self._seen[name] = self.incarnations[name]
+        return self._seen[name]
+
+    async def _renew(self, name: str) -> None:
+        async with self._locks[name]:
+            if name not in self._lost:
+                return
+            self.incarnations[name] += 1
+            self.connected = False
+            await self._launch(name)
+            try:
+                await self._catch_up(name)
+            except Exception:
+                self._handles[name].kill()
+                raise
+            del self._lost[name]
+
+    async def close(self) -> None:
+        """End all actors and give their places back; no process stays behind. May be called twice."""
+        handles, self._handles = self._handles, {}
+        for handle in handles.values():
+            with suppress(Exception):  # it is killed below in any case
+                await handle.call("close", 5.0, timeout=10.0)
+            handle.kill()
+        await self._host.close(list(self._stats.values()))
+
+    # One actor -----------------------------------------------------------------------------------------------------
+
+    async def submit(self, name: str, requests: Sequence[GroupRequest]) -> None:
+        """Give an actor requests; they enter its engine together. Raises ActorLost."""
+        await self._call(name, "submit", list(requests), timeout=CALL_SECONDS)
+
+    async def abort(self, name: str, ids: Sequence[str]) -> None:
+        """Forget these requests; results that were finished already may still arrive. Raises ActorLost."""
+        await self._call(name, "abort", list(ids), timeout=CALL_SECONDS)
+
+    async def poll(self, name: str, timeout: float = 1.0) -> Poll:
+        """Finished groups and rejected requests, as soon as there are any or after `timeout` seconds. Raises ActorLost.
+
+        Results of a `run` in progress go to that run, not here.
+        """
+        async with self._polls[name]:
+            if not self._mail[name]:
+                await self._receive(name, timeout)
+            if self._seen[name] != self.incarnations[name] or name in self._lost:
+                raise ActorLost(name, self._seen[name], self._lost.get(name, "it has been replaced"))
+            mail, self._mail[name] = self._mail[name], []
+        groups = tuple(item for item in mail if isinstance(item, Group))
+        failures = tuple(item for item in mail if isinstance(item, Failure))
+        return Poll(groups, failures, self._stats[name], self._sequence[name])
+
+    async def _receive(self, name: str, timeout: float) -> None:
+        """Poll once and sort what came: to the errand that asked for it, or into the mail."""
+        handle, silence = self._handles.get(name), self.config.actors.silence_timeout
+        poll = await self._call(name, "poll", timeout, self._sequence[name], timeout=timeout + silence)
+        if handle is not self._handles.get(name):
+            return  # replaced meanwhile: what a lost incarnation says does not count
+        self._sequence[name] = poll.sequence
+        self._note(poll.stats)
+        if poll.stats.stalled_seconds > silence:
+            self._lose(name, handle, f"its engine has been in one step for {poll.stats.stalled_seconds:.0f} s")
+            return
+        for item in (*poll.groups, *poll.failures):
+            if not any(errand.deliver(name, item) for errand in self._errands):
+                self._mail[name].append(item)
+
+    async def _call(self, name: str, method: str, *arguments: Any, timeout: float) -> Any:
+        if name in self._lost:
+            raise ActorLost(name, self.incarnations[name], self._lost[name])
+        handle, incarnation = self._handles[name], self.incarnations[name]
+        try:
+            return await handle.call(method, *arguments, timeout=timeout)
+        except (Gone, EngineFailed, TimeoutError) as error:
+            silent = isinstance(error, TimeoutError)
+            reason = f"no answer to {method} in {timeout:g} s" if silent else str(error)
+            self._lose(name, handle, reason)
+            raise ActorLost(name, incarnation, reason) from None
+
+    def _lose(self, name: str, handle: Handle | None, reason: str) -> None:
+        if handle is not None and self._handles.get(name) is handle and name not in self._lost:
+            self._lost[name] = reason
+            self._mail[name].clear()
+            handle.kill()  # a presumed dead actor must not come back
+
+    # Weights -------------------------------------------------------------------------------------------------------
+
+    async def publish(self, weights: Snapshot | Broadcast | Any, wait: bool = False) -> Published:
+        """Make every actor serve these weights (a Snapshot, a Broadcast, or a Ray reference to a Snapshot).
+
+        Requests in flight go on under the new version; with `wait` they finish first. An actor that fails, refuses or
+        misses `actors.publish_timeout` is stale: it gets no work until `replace`, and the others do not wait for it.
+        """
+        shared = weights if isinstance(weights, Broadcast) else self._host.share(weights)
+        names = [name for name in self.names if name not in self._lost]
+        outcomes = await asyncio.gather(*(self._load(name, shared, wait) for name in names), return_exceptions=True)
+        acknowledged = {n: (o.version, o.digest) for n, o in zip(names, outcomes, strict=True) if isinstance(o, Stats)}
+        if isinstance(weights, Snapshot | Broadcast):
+            agreed = (weights.version, weights.digest)
+        else:  # each actor has verified the content against its own digest; all must hold the same one
+            agreed = max(Counter(acknowledged.values()).items(), key=lambda pair: pair[1], default=((-1, ""), 0))[0]
+        loaded = tuple(name for name in names if acknowledged.get(name) == agreed)
+        stale = {**self._lost}
+        for name, outcome in zip(names, outcomes, strict=True):
+            if name not in loaded:
+                stale[name] = str(outcome) if isinstance(outcome, BaseException) else f"it serves {acknowledged[name]}"
+        if loaded:
+            self._weights = shared
+            for name, reason in stale.items():
+                self._lose(name, self._handles.get(name), reason)
+        return Published(*agreed, loaded, stale)
+
+    async def _load(self, name: str, shared: Any, wait: bool = False) -> Stats:
+        """Have one actor load weights. Raises ActorLost, also for a refusal: then the actor itself is well."""
+        seconds, handle = self.config.actors.publish_timeout, self._handles[name]
+        try:
+            stats = await handle.call("publish", shared, wait, timeout=seconds)
+        except (Gone, EngineFailed, TimeoutError, Refused) as error:
+            reason = f"no new weights in {seconds:g} s" if isinstance(error, TimeoutError) else str(error)
+            if not isinstance(error, Refused):
+                self._lose(name, handle, reason)
+            raise ActorLost(name, self.incarnations[name], reason) from None
+        self._note(stats)
+        return stats
+
+    async def _catch_up(self, name: str) -> None:
+        """A new incarnation takes the weights that were published last, if any were."""
+        shared = self._weights
+        if isinstance(shared, Broadcast):  # the bytes went by; it is not in the group yet
+            if self.supply is None:
+                raise ActorLost(name, self.incarnations[name], "a new actor needs `supply` to get weights without NCCL")
+            shared = self._host.share(await asyncio.wait_for(self.supply(), self.config.actors.publish_timeout))
+        if shared is not None:
+            await self._load(name, shared)
+
+    @property
+    def world_size(self) -> int:
+        """Members of the NCCL group: learner rank 0 and every worker of every engine."""
+        return 1 + len(self.names) * self.config.actors.tensor_parallel
+
+    async def connect(self, address: str, port: int) -> None:
+        """Join the learner's NCCL group with all actors; learner rank 0 builds its NcclSender at the same time.
+
+        A replacement leaves the group broken (`connected` is false): connect again before the next Broadcast. Raises
+        ActorLost.
+        """
+        parallel = self.config.actors.tensor_parallel
+        joins = (
+            self._call(name, "connect", address, port, 1 + i * parallel, self.world_size, timeout=CALL_SECONDS)
+            for i, name in enumerate(self.names)
+        )
+        await asyncio.gather(*joins)
+        self.connected = True
+
+    # All actors ----------------------------------------------------------------------------------------------------
+
+    async def run(self, requests: Iterable[GroupRequest]) -> AsyncIterator[Group]:
+        """Groups as they finish. Lost actors are replaced and their requests given to others, `rollout.max_attempts`
+        times at most. Raises UserError for a request that no engine can serve, RuntimeError for one that kills them."""
+        errand = Errand(requests, self.config.rollout.max_attempts)
+        self._errands.append(errand)
+        tasks = [asyncio.create_task(self._serve(name, errand)) for name in self.names]
+        try:
+            async for group in errand.results(tasks):
+                yield group
+        finally:
+            self._errands.remove(errand)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for name in self.names:
+                with suppress(ActorLost):
+                    await self.abort(name, errand.given_to(name))
+
+    async def _serve(self, name: str, errand: Errand) -> None:
+        """Keep one actor busy with an errand until nothing is left of it."""
+        while not errand.finished:
+            try:
+                incarnation = self.incarnations[name]
+                requests = errand.take(name, incarnation, 2 * self.config.actors.max_num_seqs, len(self.names))
+                if requests:
+                    await self.submit(name, requests)
+                async with self._polls[name]:
+                    await self._receive(name, 0.2)
+            except ActorLost:
+                errand.give_back(name)
+                await self._renew(name)
+
+    def metrics(self) -> dict[str, float]:
+        """Since the last call: rollout/tokens_per_second of all actors; rollout/busy, their share of time in steps."""
+        return self._meter.read(len(self.names))
+
+    def _note(self, stats: Stats) -> None:
+        self._meter.note(self._stats.get(stats.actor), stats)
+        self._stats[stats.actor] = stats
+
+
+class _Meter:
+    """Tokens and busy seconds of all actors and incarnations, between two readings."""
+
+    def __init__(self) -> None:
+        self._tokens, self._busy, self._since = 0, 0.0, time.monotonic()
+
+    def note(self, before: Stats | None, now: Stats) -> None:
+        if before is None or before.incarnation != now.incarnation:
+            before = replace(now, tokens=0, busy_seconds=0.0)
+        self._tokens += now.tokens - before.tokens
+        self._busy += now.busy_seconds - before.busy_seconds
+
+    def read(self, actors: int) -> dict[str, float]:
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        metrics = {
+            "rollout/tokens_per_second": self._tokens / seconds,
+            "rollout/busy": self._busy / seconds / actors,
+        }
+        self._tokens, self._busy, self._since = 0, 0.0, time.monotonic()
+        return metrics
+
+
+def _vllm(spec: EngineSpec) -> Engine:
+    from actors.vllm_engine import make
+
+    return make(spec)
+
+
+def _tail(log: Path, lines: int = 12) -> str:
+    """The end of a log for an error message; nothing if it lies on another machine."""
+    with suppress(OSError):
+        last = log.read_text(errors="replace").strip().splitlines()[-lines:]
+        if last:
+            return f"\nlast lines of {log}:\n  " + "\n  ".join(last)
+    return ""

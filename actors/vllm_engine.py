@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from actors.engine import EngineBroken, EngineSpec, Rejected, check_length
 from actors.weights import Broadcast, Refused, Snapshot, verify
@@ -61,8 +62,7 @@ class VLLMEngine:
         from vllm.inputs.engine import tokens_input
 
         check_length(request, self.spec.max_model_len)
-        if request.id in self._pending:
-            raise Rejected(f"request {request.id}: it is in flight already")
+        self.abort([request.id])  # an older attempt of it that nobody waits for any more
         # The salt keeps apart the cached prefixes of different weights, also of those that cannot be evicted yet
         # because a request in flight holds them.
         prompt = tokens_input(list(request.prompt.token_ids), cache_salt=f"v{self.version}")
@@ -122,9 +122,7 @@ class VLLMEngine:
     def update_weights(self, weights: Snapshot | Broadcast) -> str:
         self._check(weights)
         try:
-            self._llm.collective_rpc("start_weight_update")
             self._receive(weights)
-            self._llm.collective_rpc("finish_weight_update")
         except Exception as error:
             raise EngineBroken(f"loading weights of version {weights.version} stopped halfway: {error}") from error
         self._llm.set_weight_version(str(weights.version))
@@ -134,9 +132,8 @@ class VLLMEngine:
 
     def _check(self, weights: Snapshot | Broadcast) -> None:
         """Raises Refused for weights that must not be loaded, before anything is touched."""
-        expected = "object_store" if isinstance(weights, Snapshot) else "nccl"
-        if self.spec.weight_transfer != expected:
-            raise Refused(f"this engine takes weights by {self.spec.weight_transfer}, not by {expected}")
+        if isinstance(weights, Broadcast) and self.spec.weight_transfer != "nccl":
+            raise Refused(f"this engine takes weights by {self.spec.weight_transfer}, not by nccl")
         if isinstance(weights, Snapshot):
             verify(weights)
             layout = sorted((entry.name, entry.shape) for entry in weights.manifest)
@@ -145,15 +142,22 @@ class VLLMEngine:
             self._layout = layout
 
     def _receive(self, weights: Snapshot | Broadcast) -> None:
-        if isinstance(weights, Broadcast):
-            names, dtypes, shapes = zip(*weights.manifest, strict=True)
-            info = {"names": list(names), "dtype_names": list(dtypes), "shapes": [list(s) for s in shapes]}
-            self._llm.collective_rpc("update_weights", kwargs={"update_info": info})
-            return
-        from actors.vllm_weights import update_info
+        from actors.vllm_weights import broadcast_info, snapshot_info
 
-        with update_info(weights, self.spec.tensor_parallel) as info:
-            self._llm.collective_rpc("update_weights", kwargs={"update_info": info})
+        if isinstance(weights, Snapshot):
+            with snapshot_info(weights, self.spec.tensor_parallel) as info:
+                if self.spec.weight_transfer == "nccl":  # a late joiner, not yet in the learner's group
+                    self._llm.collective_rpc("load_snapshot", args=(info,))
+                else:
+                    self._update(info)
+        else:
+            self._update(broadcast_info(weights))
+
+    def _update(self, info: dict[str, Any]) -> None:
+        """vLLM's own sequence."""
+        self._llm.collective_rpc("start_weight_update")
+        self._llm.collective_rpc("update_weights", kwargs={"update_info": info})
+        self._llm.collective_rpc("finish_weight_update")
 
     def connect(self, address: str, port: int, rank: int, world_size: int) -> None:
         info = {"master_address": address, "master_port": port, "rank_offset": rank, "world_size": world_size}

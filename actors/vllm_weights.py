@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
@@ -103,11 +104,21 @@ def _quiet() -> Iterator[None]:
 
 
 class WorkerExtension:
-    """Named as `worker_extension_cls`, so that every worker process imports this module."""
+    """Part of every vLLM worker (`worker_extension_cls`); that is also how the workers come to import this module."""
+
+    def load_snapshot(self, info: dict[str, Any]) -> None:
+        """Load a snapshot whatever the configured transfer is: an actor that joins late is in no NCCL group yet."""
+        transfer = ObjectStoreTransfer(
+            self.vllm_config.weight_transfer_config, self.vllm_config, self.device, self.model_runner.get_model()
+        )
+        with set_current_vllm_config(self.vllm_config):
+            transfer.start_weight_update()
+            transfer.update_weights(info)
+            transfer.finish_weight_update()
 
 
 @contextmanager
-def update_info(weights: Snapshot, processes: int) -> Iterator[dict[str, Any]]:
+def snapshot_info(weights: Snapshot, processes: int) -> Iterator[dict[str, Any]]:
     """What `update_weights` of the workers takes: the snapshot itself in this process, a file in memory for several."""
     if processes == 1:
         yield {"snapshot": weights}
@@ -117,6 +128,12 @@ def update_info(weights: Snapshot, processes: int) -> Iterator[dict[str, Any]]:
         weights.buffer.tofile(file)
         file.flush()
         yield {"snapshot": replace(weights, buffer=np.empty(0, np.uint8)), "path": file.name}
+
+
+def broadcast_info(weights: Broadcast) -> dict[str, Any]:
+    """What `update_weights` of workers in an NCCL group takes."""
+    names, dtypes, shapes = zip(*weights.manifest, strict=True)
+    return {"names": list(names), "dtype_names": list(dtypes), "shapes": [list(shape) for shape in shapes]}
 
 
 class NcclSender:
