@@ -84,7 +84,7 @@ def draw_problem(rng: random.Random) -> Problem:
     """A random problem with all values in 0 .. LARGEST."""
     start = value = rng.randint(1, LARGEST)
     steps: list[tuple[str, int]] = []
-    for _ in range(rng.choice((1, 2, 2, 3, 3))):
+    for _ in range(rng.choice((1, 2, 2, 3, 3))):  # fewer of one step: those can be answered without working
         sign = rng.choice("++--*" if value > 0 else "+")
         legal = [n for n in ([2] if sign == "*" else range(1, 10)) if 0 <= apply(value, sign, n) <= LARGEST]
         if legal:
@@ -131,10 +131,11 @@ def draw_problems(rng: random.Random) -> tuple[list[Problem], list[Problem]]:
 def demonstration(problem: Problem, rng: random.Random) -> str:
     r"""A right completion in one of three styles: worked and boxed, boxed at once, worked without a box.
 
-    The mixture is the point of the warm start. Worked solutions teach the policy to solve the problems (about 90 % of
-    its worked answers are right); the other two styles, which are mostly wrong or get no credit, keep it from doing so
-    most of the time. That leaves reinforcement learning something to find in minutes. With worked demonstrations
-    only, every group of completions is about equally good and GRPO moves nothing.
+    The mixture is the point of the warm start. Worked solutions teach the policy to solve the problems: about four in
+    five of its worked answers are right. The other two styles keep it from working with a box in two completions of
+    three: answers at once are right one time in four, and answers without a box get no credit. That leaves
+    reinforcement learning something to find in minutes. With worked demonstrations only, every group of completions
+    is about equally good and GRPO moves nothing.
     """
     style = rng.random()
     if style < 0.45:
