@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from algos.masked import masked_mean, per_token, visible
+from algos.batch import select
+from algos.masked import masked_mean, per_token
 
 
 def entropy_estimate(logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class MixedBatch(NamedTuple):
 
     selected: Tensor  # [n] rows of the regularisation batch
     kept: Tensor  # [B - n] rows of the ordinary batch
-    advantage: Tensor  # [B]: 1 for the selected rows, then the ordinary advantages
+    advantages: Tensor  # [B]: 1 for the selected rows, then the ordinary advantages
     weight: Tensor  # [B] row weight: alpha for the selected rows, 1 for the others
 
 
@@ -70,7 +71,7 @@ def good_rows(regularisation_advantage: Tensor, *, adv_threshold: float = 0.05) 
 def mixed_batch(
     entropy: float,
     regularisation_advantage: Tensor,
-    advantage: Tensor,
+    advantages: Tensor,
     *,
     entropy_target: float = 0.5,
     adv_threshold: float = 0.05,
@@ -87,15 +88,15 @@ def mixed_batch(
     """
     good = good_rows(regularisation_advantage, adv_threshold=adv_threshold)
     count = min(reg_samples, len(good))
-    count = min(count // 2 if entropy > entropy_target else count, len(advantage))
-    order = torch.arange(len(advantage)) if generator is None else torch.randperm(len(advantage), generator=generator)
-    kept = order[count:].sort().values.to(advantage.device)
-    ones = advantage.new_ones(count)
+    count = min(count // 2 if entropy > entropy_target else count, len(advantages))
+    order = torch.arange(len(advantages)) if generator is None else torch.randperm(len(advantages), generator=generator)
+    kept = order[count:].sort().values.to(advantages.device)
+    ones = advantages.new_ones(count)
     return MixedBatch(
         selected=good[:count],
         kept=kept,
-        advantage=torch.cat([ones, advantage[kept]]),
-        weight=torch.cat([ones * alpha, torch.ones_like(advantage[kept])]),
+        advantages=torch.cat([ones, advantages[kept]]),
+        weight=torch.cat([ones * alpha, torch.ones_like(advantages[kept])]),
     )
 
 
@@ -115,7 +116,7 @@ def mixing_share(
 def mixed_advantage(
     alpha: Tensor | float,
     score: Tensor,
-    advantage: Tensor,
+    advantages: Tensor,
     tempered_logprobs: Tensor,
     old_logprobs: Tensor,
     mask: Tensor,
@@ -125,8 +126,8 @@ def mixed_advantage(
     """Mixed-advantage form, without extra rollouts: A' = (1 - alpha) A + alpha good exp(lp_T - lp_1), [B, T], detached.
 
     `tempered_logprobs`, `old_logprobs` [B, T]: the old policy's log-probs of the ordinary tokens at temperatures T and
-    1; `score`, `advantage` [B]; good_i = 1 where the score exceeds `score_threshold`.
+    1; `score`, `advantages` [B]; good_i = 1 where the score exceeds `score_threshold`.
     """
     good = per_token((score > score_threshold).to(old_logprobs.dtype), mask)
-    tempered = visible(tempered_logprobs - old_logprobs, mask).exp()
-    return visible((1 - alpha) * per_token(advantage, mask) + alpha * good * tempered, mask).detach()
+    tempered = select(mask, tempered_logprobs - old_logprobs).exp()
+    return select(mask, (1 - alpha) * per_token(advantages, mask) + alpha * good * tempered).detach()

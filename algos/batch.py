@@ -71,7 +71,8 @@ class Batch:
     # What `advantages` fills.
     kept: Tensor | None = None  # [B] bool, rows of groups that passed the filter
     channels: tuple[Channel, ...] = ()
-    pass_rate: Tensor | None = None  # [B] mean reward of the row's group
+    pass_rate: Tensor | None = None  # [B] mean raw reward of the row's group
+    positive: Tensor | None = None  # [B] bool, raw reward above 0
     returns: Tensor | None = None  # [B, T] targets of the value loss
     count_mask: Tensor | None = None  # [B, T] bool, tokens that denominators count
     loss_mask: Tensor | None = None  # [B, T] bool, tokens in the loss
@@ -92,9 +93,23 @@ class Batch:
         return self.mask.sum(1)
 
     @property
-    def positive(self) -> Tensor:
-        """Rows with a reward above 0, [B] bool."""
-        return self.rewards > 0
+    def totals(self) -> Tensor:
+        """Rewards [B]: components summed with their weights; NaN only where every component is missing."""
+        if self.rewards.dim() == 1:
+            return self.rewards
+        missing = torch.isnan(self.rewards)
+        total = (torch.where(missing, torch.zeros_like(self.rewards), self.rewards) * self.component_weights).sum(1)
+        return torch.where(missing.all(1), torch.full_like(total, torch.nan), total)
+
+    @property
+    def component_weights(self) -> Tensor:
+        """[R], 1 each unless given."""
+        return torch.ones_like(self.rewards[0]) if self.reward_weights is None else self.reward_weights
+
+    @property
+    def behaviour_logprobs(self) -> Tensor | None:
+        """Of the policy that sampled; the old one where the engine's are not known."""
+        return self.old_logprobs if self.rollout_logprobs is None else self.rollout_logprobs
 
     def rows(self, index: Tensor | slice) -> Batch:
         """The batch of some rows. Step-level numbers (denominators, coefficients, metrics) stay as they are."""
@@ -108,9 +123,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
         moved: dict[str, object] = {
-            f.name: value.to(device)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
         moved["channels"] = tuple(Channel(c.advantages.to(device), c.weight.to(device)) for c in self.channels)
         return replace(self, **moved)  # type: ignore[arg-type]

@@ -11,29 +11,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from algos.masked import clipped_loss, largest, masked_mean, per_token, visible
+from algos.batch import select
+from algos.masked import largest, masked_mean, per_token
+from algos.surrogates import ppo_clip
 
 
-def covariance(logprobs: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
+def covariance(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """Per-token part of the covariance, (A - mean A) (lp - mean lp) [B, T], detached, 0 at masked cells.
 
-    `logprobs` [B, T], `advantage` [B] or [B, T]; the means are over the valid tokens in hand.
+    `logprobs` [B, T], `advantages` [B] or [B, T]; the means are over the valid tokens in hand.
     """
-    lp, a = visible(logprobs.detach(), mask), per_token(advantage.detach(), mask)
-    return visible((a - masked_mean(a, mask)) * (lp - masked_mean(lp, mask)), mask)
+    lp, a = select(mask, logprobs.detach()), per_token(advantages.detach(), mask)
+    return select(mask, (a - masked_mean(a, mask)) * (lp - masked_mean(lp, mask)))
 
 
-def ppo_clipped(ratio: Tensor, advantage: Tensor, mask: Tensor, *, low: float = 0.2, high: float = 0.2) -> Tensor:
+def ppo_clipped(ratio: Tensor, advantages: Tensor, mask: Tensor, *, low: float = 0.2, high: float = 0.2) -> Tensor:
     """Valid tokens whose gradient the PPO clip removes: -A clip(r) > -A r, [B, T] bool."""
-    unclipped = clipped_loss(advantage, ratio, low=None, high=None)
-    return (clipped_loss(advantage, ratio, low=low, high=high) > unclipped) & mask.bool()
+    unclipped = ppo_clip(ratio, advantages, low=None, high=None)
+    return (ppo_clip(ratio, advantages, low=low, high=high) > unclipped) & mask
 
 
 def clip_cov_candidates(
     cov: Tensor, clipped: Tensor, mask: Tensor, *, cov_low: float = 1.0, cov_high: float = 5.0
 ) -> Tensor:
     """Valid, unclipped tokens with cov_low < covariance < cov_high, [B, T] bool."""
-    return mask.bool() & ~clipped & (cov > cov_low) & (cov < cov_high)
+    return mask & ~clipped & (cov > cov_low) & (cov < cov_high)
 
 
 def clip_cov_weights(
@@ -67,12 +69,12 @@ def kl_cov_tokens(cov: Tensor, mask: Tensor, *, fraction: float = 0.002) -> Tens
 
 
 def kl_cov_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantage: Tensor, selected: Tensor, *, kl_coef: float = 1.0
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, selected: Tensor, *, kl_coef: float = 1.0
 ) -> Tensor:
     """KL-Cov's per-token loss -A r + [selected] kl_coef |lp - old|, [B, T]; no PPO clip.
 
     At lp = old the penalty's gradient is 0, so it bites only from the second minibatch on, or off-policy.
-    Tensors [B, T] without masked cells that are not finite (see `algos.masked.visible`).
+    Tensors [B, T] without masked cells that are not finite (see `algos.batch.select`).
     """
     log_ratio = logprobs - old_logprobs
-    return -advantage * log_ratio.exp() + selected * kl_coef * log_ratio.abs()
+    return -advantages * log_ratio.exp() + selected * kl_coef * log_ratio.abs()

@@ -11,7 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from algos.masked import clipped_loss, masked_mean, per_token, visible
+from algos.batch import select
+from algos.masked import masked_mean, per_token
+from algos.surrogates import ppo_clip
 
 
 class FailureBuffer:
@@ -76,22 +78,22 @@ def luffy_advantages(
     `rewards`, `group` [B]; `off_policy` [B] bool marks demonstrations. With `divide_std`: / (std (n - 1) + eps), where
     a std of zero counts as 1. Statistics over a single row are mean 0, std 1.
     """
-    advantage = torch.zeros_like(rewards)
+    advantages = torch.zeros_like(rewards)
     for index in group.unique():
         rows = group == index
-        counted = rewards[rows if baseline == "joint" else rows & ~off_policy.bool()]
+        counted = rewards[rows if baseline == "joint" else rows & ~off_policy]
         mean, std = rewards.new_tensor(0.0), rewards.new_tensor(1.0)
         if len(counted) > 1:
             mean, std = counted.mean(), counted.std()
         scale = torch.where(std == 0, torch.ones_like(std), std) + eps if divide_std else 1.0
-        advantage[rows] = (rewards[rows] - mean) / scale
-    return advantage
+        advantages[rows] = (rewards[rows] - mean) / scale
+    return advantages
 
 
 def luffy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
-    advantage: Tensor,
+    advantages: Tensor,
     mask: Tensor,
     off_mask: Tensor,
     *,
@@ -114,17 +116,17 @@ def luffy_loss(
     alone. `shaping` false: -A p. `teacher_logprobs` [B, T], where known: the ratio p / (p_teacher + 1e-6), within the
     optional bounds. Aggregate by token mean, or by sum / padded length as the release does.
     """
-    lp, a = visible(logprobs, mask), per_token(advantage.detach(), mask)
+    lp, a = select(mask, logprobs), per_token(advantages.detach(), mask)
     high = None if clip_high is None else max(clip_upper, 1 + clip_high) - 1
-    on_policy = clipped_loss(a, (lp - visible(old_logprobs, mask).detach()).exp(), low=clip_low, high=high)
+    on_policy = ppo_clip((lp - select(mask, old_logprobs).detach()).exp(), a, low=clip_low, high=high)
     p = lp.exp()
     if teacher_logprobs is not None:
-        ratio = p / (visible(teacher_logprobs, mask).detach().exp() + 1e-6)
+        ratio = p / (select(mask, teacher_logprobs).detach().exp() + 1e-6)
         bounded = teacher_low is not None or teacher_high is not None
         off_policy = -a * (ratio.clamp(teacher_low, teacher_high) if bounded else ratio)
     else:
         off_policy = -a * (p / (p + gamma) if shaping else p)
-    return visible(torch.where(off_mask.bool(), off_policy, on_policy), mask)
+    return select(mask, torch.where(off_mask, off_policy, on_policy))
 
 
 def expo_coefficient(step: int, *, coef_start: float = 0.1, coef_end: float = 0.0, anneal_steps: int = 0) -> float:
@@ -196,10 +198,10 @@ def superhf_loss(
     is summed over examples, so its strength grows with the minibatch. `inverse_loss` C adds C / loss (off).
     """
     mask = labels != ignore
-    lp = visible(logprobs, mask.unsqueeze(-1))
-    ref = visible(ref_logprobs, mask.unsqueeze(-1)).detach()
+    lp = select(mask.unsqueeze(-1), logprobs)
+    ref = select(mask.unsqueeze(-1), ref_logprobs).detach()
     ce = -masked_mean(lp.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1), mask)
-    per_cell = visible((ref.exp() * (ref - lp)).sum(-1), mask)
+    per_cell = select(mask, (ref.exp() * (ref - lp)).sum(-1))
     kl = per_cell.sum(-1) / mask.sum(-1).clamp(min=1)
     loss = ce + kl_coef * kl.clamp(min=0).sum()
     return SuperhfLoss(ce, kl, loss + inverse_loss / loss if inverse_loss else loss)

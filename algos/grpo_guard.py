@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from algos.masked import clipped_loss, visible
+from algos.batch import select
+from algos.surrogates import ppo_clip
 
 
 class FlowStep(NamedTuple):
@@ -42,14 +43,15 @@ def flow_log_ratio(step: FlowStep) -> tuple[Tensor, Tensor]:
 
 
 def flow_step_loss(
-    step: FlowStep, advantage: Tensor, *, clip: float = 2e-6, adv_clip: float = 5.0, divide_by_dt: bool = True
+    step: FlowStep, advantages: Tensor, *, clip: float = 2e-6, adv_clip: float = 5.0, divide_by_dt: bool = True
 ) -> Tensor:
     """Loss of one denoising step, a scalar: mean_i ppo(clip(A_i, -adv_clip, adv_clip), exp(z_i)) / dt.
 
-    `divide_by_dt` is the gradient reweighting of the Flow-GRPO sampler. `advantage` [N]. A run averages over its steps.
+    `divide_by_dt` is the gradient reweighting of the Flow-GRPO sampler. `advantages` [N]. A run averages over its
+    steps.
     """
     _, z = flow_log_ratio(step)
-    loss = clipped_loss(advantage.clamp(-adv_clip, adv_clip), z.exp(), low=clip, high=clip).mean()
+    loss = ppo_clip(z.exp(), advantages.clamp(-adv_clip, adv_clip), low=clip, high=clip).mean()
     return loss / step.dt if divide_by_dt else loss
 
 
@@ -64,7 +66,7 @@ class Guard(NamedTuple):
 
     def of_tokens(self, per_bucket: Tensor) -> Tensor:
         """A value per bucket [K] as a value per token [B, T], 0 at masked cells."""
-        return visible(per_bucket[self.bucket.clamp(min=0)], self.bucket >= 0)
+        return select(self.bucket >= 0, per_bucket[self.bucket.clamp(min=0)])
 
 
 def position_buckets(
@@ -74,11 +76,10 @@ def position_buckets(
 
     relative: floor(K pos / L_i); absolute: pos // bucket_width; both at most K - 1.
     """
-    valid = mask.bool()
-    place = valid.long().cumsum(-1) - 1
-    length = valid.sum(-1, keepdim=True).clamp(min=1)
+    place = mask.long().cumsum(-1) - 1
+    length = mask.sum(-1, keepdim=True).clamp(min=1)
     index = place * buckets // length if position == "relative" else place // bucket_width
-    return torch.where(valid, index.clamp(0, buckets - 1), torch.full_like(index, -1))
+    return torch.where(mask, index.clamp(0, buckets - 1), torch.full_like(index, -1))
 
 
 def guard_statistics(
@@ -152,11 +153,11 @@ def guarded_log_ratio(
     bias, instead of subtracting m_b; "none" only rescales.
     """
     valid = guard.bucket >= 0
-    z = visible(logprobs, valid) - visible(old_logprobs, valid).detach()
+    z = select(valid, logprobs) - select(valid, old_logprobs).detach()
     if center == "bucket":
         z = z - guard.of_tokens(guard.mean).to(z.dtype)
     elif center == "exact_kl":
         if exact_kl is None:
             raise ValueError("center 'exact_kl' needs the tensor `exact_kl`")
-        z = z + visible(exact_kl, valid).detach()
-    return visible(z * guard.of_tokens(guard.scale).to(z.dtype), valid)
+        z = z + select(valid, exact_kl).detach()
+    return select(valid, z * guard.of_tokens(guard.scale).to(z.dtype))

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from algos.masked import largest, per_token, visible
+from algos.batch import select
+from algos.masked import largest, per_token
 
 
 def prefix_schedule(
@@ -91,7 +92,7 @@ def prefix_advantages(
     on_prefix = ((family if code_compat else scores) - plain) / shared
     after = family if continuation_baseline == "none" else torch.where(hybrid, scores - plain, family)
     in_prefix = (torch.arange(mask.shape[1], device=mask.device) < prefix_len.unsqueeze(1)) & hybrid.unsqueeze(1)
-    return torch.where(in_prefix & mask.bool(), per_token(on_prefix, mask), per_token(after, mask))
+    return torch.where(in_prefix & mask, per_token(on_prefix, mask), per_token(after, mask))
 
 
 def _centred(scores: Tensor, divide_std: bool, eps: float) -> Tensor:
@@ -103,7 +104,7 @@ def _centred(scores: Tensor, divide_std: bool, eps: float) -> Tensor:
 
 
 def keep_uncertain_prefix(
-    advantage: Tensor, entropy: Tensor, prefix_mask: Tensor, *, drop_ratio: float = 0.8
+    advantages: Tensor, entropy: Tensor, prefix_mask: Tensor, *, drop_ratio: float = 0.8
 ) -> tuple[Tensor, Tensor]:
     """Set the advantage [B, T] of the int(n drop_ratio) prefix tokens of lowest entropy to 0.
 
@@ -111,15 +112,15 @@ def keep_uncertain_prefix(
     """
     count = int(int(prefix_mask.sum()) * drop_ratio)
     dropped = largest(-entropy, prefix_mask, count)
-    return advantage.masked_fill(dropped, 0.0), dropped
+    return advantages.masked_fill(dropped, 0.0), dropped
 
 
-def reshape_prefix(advantage: Tensor, prefix_mask: Tensor, *, shape: Literal["relu", "silu"] = "relu") -> Tensor:
+def reshape_prefix(advantages: Tensor, prefix_mask: Tensor, *, shape: Literal["relu", "silu"] = "relu") -> Tensor:
     """Other reshaping of prefix tokens' advantages in the release: ReLU (never push a demonstration down) or SiLU."""
-    a = visible(advantage, prefix_mask)
-    return torch.where(prefix_mask.bool(), a.relu() if shape == "relu" else torch.nn.functional.silu(a), advantage)
+    a = select(prefix_mask, advantages)
+    return torch.where(prefix_mask, a.relu() if shape == "relu" else torch.nn.functional.silu(a), advantages)
 
 
-def drop_prefix_tokens(advantage: Tensor, prefix_mask: Tensor, draw: Tensor, *, drop_ratio: float) -> Tensor:
+def drop_prefix_tokens(advantages: Tensor, prefix_mask: Tensor, draw: Tensor, *, drop_ratio: float) -> Tensor:
     """Set the advantage of prefix tokens to 0 where the uniform `draw` [B, T] is below `drop_ratio`, a share."""
-    return advantage.masked_fill(prefix_mask.bool() & (draw < drop_ratio), 0.0)
+    return advantages.masked_fill(prefix_mask & (draw < drop_ratio), 0.0)

@@ -13,21 +13,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from algos.masked import per_token, visible
+from algos.batch import select
+from algos.masked import per_token
 
 
-def entropy_change(logprobs: Tensor, old_logprobs: Tensor, entropy: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
+def entropy_change(logprobs: Tensor, old_logprobs: Tensor, entropy: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """Size of the entropy change that the update of each token predicts, |Omega| [B, T], detached, 0 at masked cells.
 
         x = clip(exp(lp), 1e-8, 1 - 1e-8);  po = clip(exp(old), 1e-8, 1)
         Omega = (A / po) * x (1 - x) * (ln x + H),  non-finite values -> 0
 
-    `logprobs`, `old_logprobs`, `entropy` [B, T]; `advantage` [B] or [B, T].
+    `logprobs`, `old_logprobs`, `entropy` [B, T]; `advantages` [B] or [B, T].
     """
-    x = visible(logprobs.detach(), mask).exp().clamp(1e-8, 1 - 1e-8)
-    old = visible(old_logprobs.detach(), mask).exp().clamp(1e-8, 1.0)
-    omega = per_token(advantage.detach(), mask) / old * x * (1 - x) * (x.log() + visible(entropy.detach(), mask))
-    return visible(omega.nan_to_num(0.0, 0.0, 0.0).abs(), mask)
+    x = select(mask, logprobs.detach()).exp().clamp(1e-8, 1 - 1e-8)
+    old = select(mask, old_logprobs.detach()).exp().clamp(1e-8, 1.0)
+    omega = per_token(advantages.detach(), mask) / old * x * (1 - x) * (x.log() + select(mask, entropy.detach()))
+    return select(mask, omega.nan_to_num(0.0, 0.0, 0.0).abs())
 
 
 def damping(change: Tensor, *, w_min: float = 0.8, omega_floor: float = 0.02) -> Tensor:
@@ -58,9 +59,9 @@ def steer_weights(
         return torch.zeros_like(change)
     if mode == "exp":
         weight = (-damping(change, w_min=w_min, omega_floor=omega_floor) * change).exp().clamp(w_min, 1.0)
-        return visible(weight, mask)
-    smallest, largest = change[mask.bool()].aminmax()
+        return select(mask, weight)
+    smallest, largest = change[mask].aminmax()
     if smallest == largest:
-        return visible(torch.full_like(change, (w_min + w_max) / 2), mask)
+        return select(mask, torch.full_like(change, (w_min + w_max) / 2))
     weight = w_max - (change - smallest) * (w_max - w_min) / (largest - smallest)
-    return visible(weight.clamp(w_min, w_max), mask)
+    return select(mask, weight.clamp(w_min, w_max))

@@ -7,7 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from algos.masked import clipped_loss, per_token, visible
+from algos.batch import select
+from algos.masked import per_token
+from algos.surrogates import ppo_clip
 
 
 def step_advantages(q: Tensor) -> Tensor:
@@ -50,16 +52,16 @@ def step_sft_weights(advantages: Tensor, *, temperature: float | None = None) ->
 
 
 def awm_weights(
-    advantage: Tensor, mask: Tensor, *, adv_clip: float = 5.0, adv_max: float = 1.0, floor: float | None = None
+    advantages: Tensor, mask: Tensor, *, adv_clip: float = 5.0, adv_max: float = 1.0, floor: float | None = None
 ) -> Tensor:
     """Advantage weighted matching: a_i = clip(A_i, -adv_clip, adv_clip) / adv_clip * adv_max, per token [B, T].
 
     "Advantage Weighted Matching: Aligning RL with Pretraining in Diffusion Models", arXiv 2509.25050. The
     language-model analogue is ours: for text the pretraining loss and the RL log-likelihood coincide, so the idea is an
     advantage-weighted likelihood. `floor` bounds negative weights from below; without it keep to one epoch, because
-    pushing down is unbounded. `advantage` [B] or [B, T].
+    pushing down is unbounded. `advantages` [B] or [B, T].
     """
-    weight = advantage.detach().clamp(-adv_clip, adv_clip) / adv_clip * adv_max
+    weight = advantages.detach().clamp(-adv_clip, adv_clip) / adv_clip * adv_max
     return per_token(weight if floor is None else weight.clamp(min=floor), mask)
 
 
@@ -71,7 +73,7 @@ def awm_loss(
     c = the detached `logprobs` (pure on-policy: value -a, gradient -a grad lp), or `old_logprobs` where given, then
     with the PPO clip if `clip` is a number.
     """
-    lp = visible(logprobs, mask)
-    anchor = lp.detach() if old_logprobs is None else visible(old_logprobs, mask).detach()
+    lp = select(mask, logprobs)
+    anchor = lp.detach() if old_logprobs is None else select(mask, old_logprobs).detach()
     ratio = torch.exp(lp - anchor)
-    return visible(clipped_loss(weight, ratio, low=clip, high=clip), mask)
+    return select(mask, ppo_clip(ratio, weight, low=clip, high=clip))

@@ -24,7 +24,7 @@ def group_divergence(logprobs: Tensor, mask: Tensor, *, present_only: bool = Fal
     that has ended counts as uniform, so columns that few rows reach get a large D; `present_only` (ours) leaves such
     rows out.
     """
-    valid = mask.bool().unsqueeze(-1)
+    valid = mask.unsqueeze(-1)
     q = torch.where(valid, logprobs, torch.full_like(logprobs, -math.log(logprobs.shape[-1])))
     if present_only:
         rows = mask.sum(1).clamp(min=1)  # [P, T]

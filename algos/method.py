@@ -1,0 +1,347 @@
+"""What a method is: a choice of parts for every piece of the objective, checked when it is resolved.
+
+    loss = aggregate( token_weight * correction * surrogate(ratio, advantage) ) + kl - entropy bonus
+
+A spec gives a piece by name (`surrogate: cispo`), with options (`surrogate: {cispo: {high: 3}}`), or as `none`. Pieces
+marked `many` take a list. A piece with a single part may leave out its name (`kl: {coef: 0.01}`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from algos import coupled, critic, shaping
+from algos.advantages import advantages, combinations, whitenings
+from algos.aggregation import aggregations, partitions
+from algos.corrections import corrections, proximals, rejections
+from algos.entropy import entropy_terms
+from algos.filters import filters
+from algos.kl import penalties
+from algos.parts import Part
+from algos.ratios import ratios
+from algos.surrogates import surrogates
+from algos.token_weights import token_weights
+from core.errors import UserError, nearest
+from core.registry import Registry, check_options, options_of
+
+assert coupled and critic  # imported because they register advantages
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A place in the objective, and the functions that fit there."""
+
+    registry: Registry
+    about: str
+    many: bool = False
+    default: str | None = None
+
+
+PIECES = {
+    "filter": Piece(filters, "which groups are worth training on (the rollout loop may ask for more)"),
+    "shaping": Piece(shaping.shapings, "changes of the reward before the advantage, in order", many=True),
+    "combine": Piece(combinations, "how several reward components become one advantage"),
+    "advantage": Piece(advantages, "how good a completion was", default="group"),
+    "whiten": Piece(whitenings, "standardise advantages over the step"),
+    "proximal": Piece(proximals, "a stand-in for the old policy's forward pass"),
+    "correction": Piece(corrections, "weight for the mismatch of rollout and learner"),
+    "reject": Piece(rejections, "positions to leave out for their mismatch; all rules must keep them", many=True),
+    "ratio": Piece(ratios, "level and anchor of the importance ratio", default="token"),
+    "surrogate": Piece(surrogates, "trust-region rule", default="ppo_clip"),
+    "token_weight": Piece(token_weights, "factors on the token loss; all multiply", many=True),
+    "kl": Piece(penalties, "KL penalty in the loss"),
+    "aggregation": Piece(aggregations, "from tokens to a scalar", default="token_mean"),
+    "partition": Piece(partitions, "separate denominators for kinds of rows"),
+    "entropy": Piece(entropy_terms, "entropy bonus"),
+    "value": Piece(critic.value_losses, "loss of the critic"),
+}
+
+SETTINGS: dict[str, tuple[Any, ...]] = {  # first value: the default
+    "drop_truncated": (False, True),  # truncated rows lose their tokens in the loss, not in the advantage
+    "numerator": ("old", "logp"),  # of correction and reject: the old policy, or the detached current one
+    "denominator": ("original", "kept"),  # counts before or after rejection
+    "data": ("rollouts", "demonstrations"),
+}
+
+_NEEDS = {
+    **{"old_logprobs": "old", "rollout_logprobs": "rollout", "behaviour_logprobs": "rollout", "ref_logprobs": "ref"},
+    **{"entropy": "entropy", "values": "values", "greedy_rewards": "greedy", "baselines": "baselines"},
+    **{"answers": "answers", "token_scores": "token_scores", "sum_pi_sq": "sum_pi_sq", "bootstrap": "bootstrap"},
+    **{"versions": "versions", "given_advantages": "given", "given_weights": "given", "components": "components"},
+    **{"old_values": "values", "logprobs": "late"},
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A resolved method: what the learner executes, without knowing its name."""
+
+    name: str
+    advantage: Part
+    ratio: Part
+    surrogate: Part
+    aggregation: Part
+    filter: Part | None = None
+    shaping: tuple[Part, ...] = ()
+    combine: Part | None = None
+    whiten: Part | None = None
+    proximal: Part | None = None
+    correction: Part | None = None
+    reject: tuple[Part, ...] = ()
+    token_weight: tuple[Part, ...] = ()
+    kl: Part | None = None
+    partition: Part | None = None
+    entropy: Part | None = None
+    value: Part | None = None
+    drop_truncated: bool = False
+    numerator: str = "old"
+    denominator: str = "original"
+    data: str = "rollouts"
+    modifiers: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """What the learner and the actors must supply.
+
+        old: batch.old_logprobs, the policy before this step. early_old: it is read by `advantages`; without early_old, a
+        step that is a single update may leave old_logprobs None (it equals the current one).
+        rollout, ref, values: the fields of that name. entropy: batch.entropy, read by `advantages`. entropy_grad: the
+        argument `entropy` of `loss`. critic: the argument `values` of `loss`. late: call `late` instead of `normalise`.
+        demonstrations: train on given completions. components: rewards [B, R] instead of totals.
+        greedy, answers, token_scores, sum_pi_sq, baselines, bootstrap, versions, given: the fields of that name.
+        """
+        names = {_NEEDS[name] for part in self.early_parts for name in part.inputs if name in _NEEDS}
+        if "old" in names or ((self.correction or self.reject) and self.numerator == "old"):
+            names |= {"old", "early_old"}
+        if self.correction or self.reject:
+            names.add("rollout")
+        if self.reads_ratio:
+            names.add(self.ratio.option("anchor"))
+        if self.kl and self.kl.option("anchor") == "ref":
+            names.add("ref")
+        if self.kl and (self.kl.option("anchor") == "old" or self.kl.option("gradient") in ("k2_is", "ratio")):
+            names.add("old")
+        if self.proximal:
+            names -= {"old", "early_old"}
+        if self.late:
+            names.add("late")
+        extra = {"entropy_grad": self.entropy, "critic": self.value, "values": self.value}
+        names |= {name for name, part in extra.items() if part}
+        return frozenset(names | ({"demonstrations"} if self.data == "demonstrations" else set()))
+
+    @property
+    def early_parts(self) -> tuple[Part, ...]:
+        """Parts that `advantages` or `late` call."""
+        single = (self.filter, self.advantage, self.combine, self.whiten, self.proximal)
+        return (*(part for part in single if part), *self.shaping, *self.token_weight)
+
+    @property
+    def reads_ratio(self) -> bool:
+        """The surrogate compares with an anchor."""
+        return bool({"ratio", "delta", "anchor_logprobs"} & set(self.surrogate.inputs))
+
+    @property
+    def late(self) -> bool:
+        """Something depends on current log-probabilities beyond the surrogate."""
+        return any("logprobs" in part.inputs for part in self.early_parts) or self.late_correction or self.hinged
+
+    @property
+    def late_advantage(self) -> bool:
+        """The advantage depends on current log-probabilities."""
+        return "logprobs" in self.advantage.inputs
+
+    @property
+    def late_correction(self) -> bool:
+        """The correction depends on current log-probabilities."""
+        return bool(self.correction or self.reject) and (self.numerator == "logp" or self.proximal is not None)
+
+    @property
+    def hinged(self) -> bool:
+        """The coefficient of the KL term depends on the KL of the minibatch."""
+        return self.kl is not None and self.kl.option("hinge") is not None
+
+    def pieces(self) -> dict[str, str]:
+        """What differs from `none`, as text: for listings and resolved configs."""
+        shown = {}
+        for name in PIECES:
+            chosen = getattr(self, name)
+            if chosen and (name != "ratio" or self.reads_ratio):
+                shown[name] = " + ".join(map(str, chosen)) if PIECES[name].many else str(chosen)
+        settings = {
+            name: getattr(self, name) for name, allowed in SETTINGS.items() if getattr(self, name) != allowed[0]
+        }
+        return shown | {name: str(value) for name, value in settings.items()}
+
+
+Choice = tuple[str, dict[str, Any]]
+Spec = dict[str, Any]
+"""Piece -> list of choices, setting -> value."""
+
+
+def parse(spec: Mapping[str, Any], where: str) -> Spec:
+    """A spec with every piece as a list of (name, options); raises UserError for unknown pieces and parts."""
+    parsed: Spec = {}
+    for key, value in spec.items():
+        if key in SETTINGS:
+            if value not in SETTINGS[key]:
+                raise UserError(f"{where}.{key}: got {value!r}; allowed: {', '.join(map(str, SETTINGS[key]))}")
+            parsed[key] = value
+        elif key in PIECES:
+            parsed[key] = _choices(PIECES[key], value, f"{where}.{key}")
+        else:
+            raise UserError(f"{where}: unknown key '{key}'; {nearest(key, [*PIECES, *SETTINGS, 'row', 'modifiers'])}")
+    return parsed
+
+
+def merge(base: Spec, changes: Spec) -> Spec:
+    """`base` with `changes`: options of the same part are merged, another part replaces, a list replaces."""
+    merged = dict(base)
+    for key, value in changes.items():
+        if key in PIECES and not PIECES[key].many and value and base.get(key) and value[0][0] == base[key][0][0]:
+            value = [(value[0][0], {**base[key][0][1], **value[0][1]})]
+        merged[key] = value
+    return merged
+
+
+def build(name: str, spec: Spec, where: str, context: Mapping[str, float], modifiers: Sequence[str] = ()) -> Method:
+    """The method of a parsed spec; raises UserError for unknown options and for combinations that make no sense."""
+    fields: dict[str, Any] = {}
+    for key, piece in PIECES.items():
+        choices = spec.get(key, [(piece.default, {})] if piece.default else [])
+        parts = tuple(_bind(piece, choice, f"{where}.{key}", context) for choice in choices)
+        fields[key] = parts if piece.many else (parts[0] if parts else None)
+        if piece.default and not parts:
+            raise UserError(f"{where}.{key}: cannot be none; {nearest(piece.default, piece.registry)}")
+    fields |= {key: spec.get(key, allowed[0]) for key, allowed in SETTINGS.items()}
+    method = Method(name=name, **fields, modifiers=tuple(modifiers))
+    for check in CHECKS:
+        if reason := check(method):
+            raise UserError(f"{where}: {reason}")
+    return method
+
+
+def _choices(piece: Piece, value: Any, where: str) -> list[Choice]:
+    if value is None or value == "none":
+        return []
+    if isinstance(value, (list, tuple)):
+        if not piece.many:
+            raise UserError(f"{where}: takes one {piece.registry.kind}, got a list; {nearest('', piece.registry)}")
+        return [choice for item in value for choice in _choices(piece, item, where)]
+    if isinstance(value, str):
+        return [_known(piece, value, {}, where)]
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: expected a name or {{name: options}}, got {value!r}; {nearest('', piece.registry)}")
+    only = next(iter(piece.registry)) if len(piece.registry) == 1 else None
+    if only and set(value) <= set(options_of(piece.registry[only])):
+        return [(only, dict(value))]
+    if len(value) != 1:
+        raise UserError(f"{where}: expected one {{name: options}}, got keys {', '.join(map(str, value))}")
+    name, options = next(iter(value.items()))
+    if not isinstance(options, (Mapping, type(None))):
+        raise UserError(f"{where}.{name}: expected options, got {options!r}")
+    return [_known(piece, name, dict(options or {}), where)]
+
+
+def _known(piece: Piece, name: str, options: dict[str, Any], where: str) -> Choice:
+    name = str(name).replace("-", "_")
+    piece.registry.find(name, where)
+    return name, options
+
+
+def _bind(piece: Piece, choice: Choice, where: str, context: Mapping[str, float]) -> Part:
+    name, options = choice
+    function = piece.registry.find(name, where)
+    chosen = check_options(function, options, f"{where}.{name}")
+    defaults = {option: p.default for option, p in options_of(function).items() if p.default is not p.empty}
+    symbols = {o: v for o, v in (defaults | chosen).items() if isinstance(v, str) and v in context}
+    return Part(name, function, chosen | {option: context[symbol] for option, symbol in symbols.items()})
+
+
+# Combinations that make no sense: each check gives the reason and the way out, or None.
+
+Check = Callable[[Method], str | None]
+
+
+def _dual_above_clip(m: Method) -> str | None:
+    dual, high = m.surrogate.option("dual"), m.surrogate.option("high")
+    if dual is not None and high is not None and dual <= 1 + high:
+        return f"surrogate dual {dual:g} must exceed 1 + high = {1 + high:g}, or it would cut into the clip range"
+    return None
+
+
+def _kl_once(m: Method) -> str | None:
+    if m.kl and any("ref_logprobs" in part.inputs for part in m.shaping):
+        return "KL is in the reward (shaping) and in the loss (kl), which counts it twice; set one of them to none"
+    return None
+
+
+def _token_rewards_are_read(m: Method) -> str | None:
+    names = [part.name for part in m.shaping]
+    if "kl_token" in names and "token_rewards" not in m.advantage.inputs:
+        return (
+            f"shaping kl_token makes token rewards, which advantage {m.advantage.name} does not read; use kl_sequence"
+        )
+    if "kl_token" in names[:-1]:
+        return "shaping kl_token must come last: it turns rewards into token rewards"
+    return None
+
+
+def _components_are_plain(m: Method) -> str | None:
+    apart = m.combine is not None and m.combine.option("reduce") is not None
+    if apart and (m.shaping or "rewards" not in m.advantage.inputs or "token_rewards" in m.advantage.inputs):
+        return "combine normalise_then_sum takes one outcome advantage per component: no shaping, no token rewards"
+    return None
+
+
+def _binary_rewards_stay_binary(m: Method) -> str | None:
+    if "pass_rate" in m.surrogate.inputs and (m.advantage.function is not advantages["nft"] or m.shaping):
+        return f"surrogate {m.surrogate.name} needs rewards of 0 and 1: advantage nft, and no shaping"
+    return None
+
+
+def _bypass_has_no_weight(m: Method) -> str | None:
+    if m.reads_ratio and m.ratio.option("anchor") == "rollout" and m.correction:
+        return "the ratio to the rollout policy already is the correction; set correction to none, or the anchor to old"
+    return None
+
+
+def _late_old_is_not_early(m: Method) -> str | None:
+    if m.proximal and any("old_logprobs" in part.inputs for part in (*m.shaping, m.advantage)):
+        return "proximal replaces the old policy's forward pass, but shaping or the advantage reads it before the loss"
+    return None
+
+
+def _known_kl_mode(m: Method) -> str | None:
+    mode = m.kl.option("mode") if m.kl else None
+    plain = [n for n, f in aggregations.items() if all(p.default is not p.empty for p in options_of(f).values())]
+    return None if mode is None or mode in plain else f"kl mode '{mode}': {nearest(str(mode), plain)}"
+
+
+def _rows_whiten_rows(m: Method) -> str | None:
+    per_token = {"token_rewards", "given_advantages"} & set(m.advantage.inputs)
+    if m.whiten and "per_row" in m.whiten.inputs and per_token:
+        return f"whiten {m.whiten.name} needs one advantage per row, {m.advantage.name} gives one per token; use token"
+    return None
+
+
+def _late_advantages_stay_raw(m: Method) -> str | None:
+    if m.late_advantage and (m.whiten or m.combine or m.value):
+        return f"advantage {m.advantage.name} is computed late: whiten, combine and value do not apply"
+    return None
+
+
+CHECKS: tuple[Check, ...] = (
+    _dual_above_clip,
+    _kl_once,
+    _token_rewards_are_read,
+    _components_are_plain,
+    _binary_rewards_stay_binary,
+    _bypass_has_no_weight,
+    _late_old_is_not_early,
+    _known_kl_mode,
+    _rows_whiten_rows,
+    _late_advantages_stay_raw,
+)

@@ -1,0 +1,149 @@
+"""What the objective reports about itself. Every number is a (sum, count) pair, so parts add up; metric = sum / count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from algos.batch import Metrics, select
+from algos.kl import k3
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A line of the documentation."""
+
+    meaning: str
+    healthy: str
+    otherwise: str
+
+
+METRICS = {
+    "policy/clip_low": Metric(
+        "share of valid tokens at which the lower bound of the trust region acts",
+        "0 to 0.1; sequence ratios clip whole completions, so 0.15 is normal there",
+        "large: fewer updates per step (learner.minibatches, learner.epochs) or a smaller learning rate",
+    ),
+    "policy/clip_high": Metric(
+        "share of valid tokens at which the upper bound (dual clip included) acts",
+        "0 to 0.1; exactly 0 with one update per step",
+        "large: as clip_low; if entropy falls at the same time, raise the surrogate's `high`",
+    ),
+    "policy/entropy": Metric(
+        "mean entropy of the next-token distribution over valid tokens, nats",
+        "falls slowly; reasoning runs stay above about 0.1",
+        "collapse: clip-higher (dapo), an entropy bonus, a smaller learning rate; growth: check the reward",
+    ),
+    "policy/kl_ref": Metric(
+        "KL(policy || reference), k3 estimate, nats per token",
+        "grows slowly from 0; below about 0.5",
+        "jumps: reward hacking or too large a step; add or raise kl.coef",
+    ),
+    "policy/kl_old": Metric(
+        "KL(policy before the step || current policy), k3 estimate, nats per token",
+        "0 with one update per step, else below 0.02",
+        "large: fewer updates per step or a smaller learning rate",
+    ),
+    "policy/ratio_mean": Metric(
+        "mean importance ratio of current to anchor policy",
+        "0.98 to 1.02",
+        "drifting: the anchor is stale; look at kl_old and mismatch_kl",
+    ),
+    "policy/mismatch_kl": Metric(
+        "KL(rollout policy || learner's policy before the step), k3 estimate, nats per token",
+        "below 0.001 on-policy with equal precision, below 0.01 with staleness",
+        "large: precision or template differs between engine and learner, or staleness is high; add the modifier tis",
+    ),
+    "policy/mismatch_k1": Metric(
+        "the same KL by its plain estimator; its sign shows the direction of the mismatch",
+        "within 0.01 of 0",
+        "as mismatch_kl",
+    ),
+    "policy/chi2_token": Metric(
+        "mean squared token ratio of old to rollout policy, minus 1: variance of token correction weights",
+        "below 0.1",
+        "large: token weights are dominated by few tokens; truncate or mask",
+    ),
+    "policy/chi2_sequence": Metric(
+        "the same for whole completions",
+        "below 1",
+        "large: sequence weights are useless; use token or geometric level",
+    ),
+    "policy/old_perplexity": Metric(
+        "mean over completions of the learner's perplexity before the step",
+        "near rollout_perplexity",
+        "apart: as mismatch_kl",
+    ),
+    "policy/rollout_perplexity": Metric(
+        "mean over completions of the rollout engine's perplexity",
+        "above 1, falling slowly",
+        "at 1: the policy has become deterministic",
+    ),
+    "policy/ess": Metric(
+        "effective share of valid tokens under the correction weights, mean(w)^2 / mean(w^2)",
+        "above 0.9",
+        "small: few tokens carry the step; lower the cap or the staleness",
+    ),
+    "policy/rejected": Metric(
+        "share of valid tokens left out by rejection rules",
+        "below 0.1",
+        "large: the rules throw away most of what was generated; loosen them or mend the mismatch",
+    ),
+    "policy/filtered": Metric(
+        "share of rows left out by the filter",
+        "falls while the task is too hard, rises when it is solved",
+        "near 1: the prompts teach nothing any more; change their difficulty",
+    ),
+    "policy/silent": Metric(
+        "share of kept rows whose advantage is 0 on every token",
+        "below 0.5",
+        "near 1: groups agree; larger groups, other prompts, or a finer reward",
+    ),
+}
+
+
+def mean_over(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum, count) of the masked cells, detached, float64."""
+    return select(mask, values.detach()).double().sum(), mask.sum().double()
+
+
+def mismatch(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, weight: Tensor | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """How far the engine that sampled is from the learner before the step, d = old - rollout; all [B, T].
+
+    `weight` [B, T] or [B, 1] are correction weights; they add `policy/ess`. Counts are tokens, or rows with tokens.
+    """
+    old, rollout = select(mask, old_logprobs).double(), select(mask, rollout_logprobs).double()
+    d = (old - rollout).clamp(-20, 20)
+    rows, length = mask.any(1), mask.sum(1).clamp(min=1)
+    total = (old - rollout).sum(1)
+    metrics = {
+        "policy/mismatch_k1": mean_over(-d, mask),
+        "policy/mismatch_kl": mean_over(k3(-d), mask),
+        "policy/chi2_token": mean_over((2 * d).clamp(-20, 20).exp() - 1, mask),
+        "policy/chi2_sequence": mean_over((2 * total).clamp(-20, 20).exp() - 1, rows),
+        "policy/old_perplexity": mean_over((-old.sum(1) / length).clamp(-20, 20).exp(), rows),
+        "policy/rollout_perplexity": mean_over((-rollout.sum(1) / length).clamp(-20, 20).exp(), rows),
+    }
+    if weight is not None:
+        w = select(mask, weight.expand(mask.shape)).double()
+        share = w.sum() ** 2 / (w**2).sum().clamp(min=torch.finfo(w.dtype).tiny)
+        metrics["policy/ess"] = (share, mask.sum().double())
+    return metrics
+
+
+def update(current: dict[str, Tensor], ref_logprobs: Tensor | None, entropy: Tensor | None) -> Metrics:
+    """What one update does, from the tensors that the surrogate reads."""
+    mask, logprobs = current["mask"], current["logprobs"].detach()
+    metrics = {
+        "policy/kl_old": mean_over(k3(current["old_logprobs"] - logprobs), mask),
+        "policy/ratio_mean": mean_over(current["ratio"], mask),
+    }
+    if ref_logprobs is not None:
+        metrics["policy/kl_ref"] = mean_over(k3(logprobs - select(mask, ref_logprobs)), mask)
+    if entropy is not None:
+        metrics["policy/entropy"] = mean_over(entropy, mask)
+    return metrics
