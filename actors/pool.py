@@ -83,12 +83,12 @@ class ActorPool:
         """Place and start all actors in parallel. Raises UserError that says what did not start and why."""
         self._spec = EngineSpec.of(self.config, await self._host.place(self.config))
         outcomes = await asyncio.gather(*(self._launch(name) for name in self.names), return_exceptions=True)
-        failures = {n: str(o) for n, o in zip(self.names, outcomes, strict=True) if isinstance(o, BaseException)}
+        failures = {n: o for n, o in zip(self.names, outcomes, strict=True) if isinstance(o, BaseException)}
         if failures:
             await self.close()
             first, *others = failures
             also = f"\nalso not started: {', '.join(others)} (logs in {self.log_dir})" if others else ""
-            raise UserError(failures[first] + also)
+            raise UserError(f"{first}: {getattr(failures[first], 'reason', failures[first])}{also}")
 
     async def _launch(self, name: str) -> None:
         incarnation, seconds = self.incarnations[name], self.config.actors.start_timeout
@@ -274,6 +274,7 @@ class ActorPool:
                 yield group
         finally:
             self._errands.remove(errand)
+            errand.finished = True  # a cancelled wait may swallow the cancellation, so the tasks also look here
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -19,17 +19,13 @@ class Errand:
     def __init__(self, requests: Iterable[GroupRequest], max_attempts: int) -> None:
         self._pending = deque(requests)
         self._left, self._max_attempts = len(self._pending), max_attempts
+        self.finished = not self._left  # nothing is left to do
         self._given: dict[str, dict[str, GroupRequest]] = {}  # actor -> id -> request
         self._incarnations: dict[str, int] = {}
         self._results: asyncio.Queue[Group | Exception] = asyncio.Queue()
         ids = {request.id for request in self._pending}
         if len(ids) != self._left:
             raise ValueError(f"{self._left} requests have only {len(ids)} different ids")
-
-    @property
-    def finished(self) -> bool:
-        """Every request has its group."""
-        return self._left == 0
 
     def given_to(self, actor: str) -> list[str]:
         """Ids that this actor holds."""
@@ -69,6 +65,7 @@ class Errand:
             return False
         del held[result.id]
         self._left -= 1
+        self.finished = not self._left
         self._results.put_nowait(result if isinstance(result, Group) else UserError(result.reason))
         return True
 

@@ -1,0 +1,213 @@
+"""The pool over actors in threads with fake engines: routing, losses, replacement, publishing. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from actors.engine import FakeEngine
+from actors.placement import ThreadHost
+from actors.pool import ActorLost, ActorPool
+from actors.weights import snapshot
+from core.errors import UserError
+from core.loading import parse_config
+from core.schema import GroupRequest, Prompt, Sampling
+
+PROMPT = Prompt(0, "?", (5, 9))
+
+
+def requests(count: int, prefix: str = "g", max_tokens: int = 8) -> list[GroupRequest]:
+    return [GroupRequest(f"{prefix}{i}", PROMPT, (2 * i, 2 * i + 1), Sampling(max_tokens)) for i in range(count)]
+
+
+def weights(version: int):
+    import torch
+
+    return snapshot([("w", torch.full((4,), float(version)))], version)
+
+
+def config(count: int = 2, **actors):
+    tree = {
+        "name": "n",
+        "steps": 1,
+        "model": {"path": "m"},
+        "data": {"path": "d.jsonl", "max_prompt_tokens": 8},
+        "rollout": {"max_tokens": 8},
+        "actors": {"count": count, "start_timeout": 10.0, "publish_timeout": 5.0, **actors},
+    }
+    return parse_config(tree, "test")
+
+
+def with_pool(tmp_path, scenario, make=FakeEngine, **actors):
+    """Run an async scenario with a started pool, and close it whatever happens."""
+
+    async def main():
+        pool = ActorPool(config(**actors), tmp_path, host=ThreadHost(), make=make)
+        await pool.start()
+        try:
+            return await asyncio.wait_for(scenario(pool), 30)
+        finally:
+            await pool.close()
+
+    return asyncio.run(main())
+
+
+class FailsOnce:
+    """Makes fake engines; the first `times` of them fail at a given step."""
+
+    def __init__(self, step: int, times: int = 1) -> None:
+        self.step, self.times, self.made = step, times, itertools.count()
+
+    def __call__(self, spec):
+        return FakeEngine(spec, latency=0.001, fail_at_step=self.step if next(self.made) < self.times else 0)
+
+
+async def names_of(stream) -> list[str]:
+    return [group.id async for group in stream]
+
+
+def test_run_returns_every_group_once_and_uses_all_actors(tmp_path):
+    async def scenario(pool):
+        return [group async for group in pool.run(requests(40))]
+
+    groups = with_pool(tmp_path, scenario, functools.partial(FakeEngine, latency=0.001), max_num_seqs=4)
+    assert sorted(g.id for g in groups) == sorted(r.id for r in requests(40))
+    assert {g.actor for g in groups} == {"actor-0", "actor-1"}
+
+
+def test_an_actor_lost_in_a_run_is_replaced_and_its_requests_are_given_again(tmp_path):
+    async def scenario(pool):
+        await pool.publish(weights(1))
+        groups = [group async for group in pool.run(requests(40))]
+        return groups, dict(pool.incarnations)
+
+    groups, incarnations = with_pool(tmp_path, scenario, FailsOnce(step=3), max_num_seqs=4)
+    assert sorted(g.id for g in groups) == sorted(r.id for r in requests(40))
+    assert sum(incarnations.values()) == 1 and {g.attempt for g in groups} == {0, 1}
+    # the new incarnation serves what was published, not the weights on disk
+    assert {v for g in groups for c in g.completions for v in c.versions} == {1}
+
+
+def test_requests_that_kill_every_engine_stop_the_run_with_the_reason(tmp_path):
+    with pytest.raises(RuntimeError, match=r"lost with its actor 3 times \(rollout.max_attempts\)"):
+        with_pool(tmp_path, lambda pool: names_of(pool.run(requests(2))), FailsOnce(step=1, times=99), count=1)
+
+
+def test_a_request_that_cannot_be_served_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="max_model_len is 16"):
+        with_pool(tmp_path, lambda pool: names_of(pool.run(requests(2, max_tokens=50))))
+
+
+def test_a_loss_reaches_the_caller_of_poll_even_if_a_run_has_replaced_the_actor(tmp_path):
+    async def scenario(pool):
+        await pool.submit("actor-0", requests(1, "mine"))
+        await names_of(pool.run(requests(4, "errand")))
+        with pytest.raises(ActorLost, match=r"actor-0 \(incarnation 0\)"):
+            for _ in range(50):
+                await pool.poll("actor-0", 0.05)
+        assert await pool.replace("actor-0") == 1  # done already: the number of the one that serves
+        await pool.submit("actor-0", requests(1, "mine"))
+        return (await pool.poll("actor-0", 5)).groups[0].id
+
+    assert with_pool(tmp_path, scenario, FailsOnce(step=2), count=1) == "mine0"
+
+
+def test_a_run_and_a_caller_of_poll_share_the_actors_without_mixing_their_groups(tmp_path):
+    async def scenario(pool):
+        await pool.submit("actor-0", requests(5, "mine"))
+        errand = await names_of(pool.run(requests(20, "errand")))
+        mine = []
+        while len(mine) < 5:
+            mine += [g.id for g in (await pool.poll("actor-0", 1)).groups]
+        return errand, mine
+
+    errand, mine = with_pool(tmp_path, scenario)
+    assert {n[:6] for n in errand} == {"errand"} and len(errand) == 20
+    assert sorted(mine) == [f"mine{i}" for i in range(5)]
+
+
+def test_leaving_a_run_early_aborts_the_rest(tmp_path):
+    async def scenario(pool):
+        stream = pool.run(requests(40))
+        async for _ in stream:
+            break
+        await stream.aclose()
+        await asyncio.sleep(0.1)
+        return [(await pool.poll(name, 0.1)).stats.running for name in pool.names]
+
+    slow = functools.partial(FakeEngine, latency=0.02)
+    assert with_pool(tmp_path, scenario, slow) == [0, 0]
+
+
+def test_publish_says_who_serves_the_version_and_corrupt_weights_change_nothing(tmp_path):
+    async def scenario(pool):
+        first = await pool.publish(weights(1))
+        bad = weights(2)
+        refused = await pool.publish(replace(bad, buffer=np.bitwise_xor(bad.buffer, 1)))
+        groups = [group async for group in pool.run(requests(4))]
+        return first, refused, groups
+
+    first, refused, groups = with_pool(tmp_path, scenario)
+    assert first.loaded == ("actor-0", "actor-1") and first.stale == {} and first.digest == weights(1).digest
+    assert refused.loaded == () and "changed on the way" in refused.stale["actor-1"]
+    assert {v for g in groups for c in g.completions for v in c.versions} == {1}
+
+
+def test_an_actor_that_misses_the_publish_deadline_is_stale_and_the_others_do_not_wait(tmp_path):
+    made = []
+
+    def make(spec):
+        made.append(spec)
+        return FakeEngine(spec, latency=3.0 if len(made) == 1 else 0.0)  # one engine is inside a long step
+
+    async def scenario(pool):
+        for name in pool.names:
+            await pool.submit(name, requests(1, name))
+        await asyncio.sleep(0.1)
+        published = await pool.publish(weights(1))
+        (slow,) = published.stale
+        with pytest.raises(ActorLost, match=r"no new weights in 0\.5 s"):
+            await pool.poll(slow, 0.1)
+        assert await pool.replace(slow) == 1
+        return published, (await pool.poll(slow, 0.1)).stats
+
+    published, stats = with_pool(tmp_path, scenario, make, publish_timeout=0.5)
+    assert len(published.loaded) == 1
+    assert (stats.version, stats.digest, stats.incarnation) == (1, weights(1).digest, 1)
+
+
+def test_a_pool_that_does_not_start_says_which_actor_and_why(tmp_path):
+    def broken(spec):
+        raise ValueError("no such model")
+
+    with pytest.raises(
+        UserError, match=r"actor-0: it did not start(.|\n)*no such model(.|\n)*also not started: actor-1"
+    ):
+        with_pool(tmp_path, None, broken)
+
+
+def test_a_silent_engine_is_presumed_dead(tmp_path):
+    async def scenario(pool):
+        await pool.submit("actor-0", requests(1))
+        with pytest.raises(ActorLost, match="in one step for"):
+            for _ in range(50):
+                await pool.poll("actor-0", 0.1)
+
+    with_pool(tmp_path, scenario, functools.partial(FakeEngine, latency=2.5), count=1, silence_timeout=1.0)
+
+
+def test_metrics_count_tokens_of_all_incarnations_since_the_last_reading(tmp_path):
+    async def scenario(pool):
+        pool.metrics()
+        groups = [group async for group in pool.run(requests(10))]
+        counted = pool._meter._tokens
+        pool.metrics()
+        return counted, sum(g.tokens for g in groups), pool._meter._tokens
+
+    counted, tokens, after = with_pool(tmp_path, scenario)
+    assert counted == tokens and after == 0
