@@ -16,7 +16,7 @@ from torch import Tensor
 from algos import (
     aepo,
     covariance,
-    entropy,
+    entropy_control,
     grpo_guard,
     preference,
     sample_weights,
@@ -24,7 +24,9 @@ from algos import (
     step_credit,
     tw_grpo,
 )
-from algos.masked import clipped_loss, masked_mean, per_token, visible
+from algos.batch import select
+from algos.masked import masked_mean, per_token
+from algos.surrogates import ppo_clip
 
 Outputs = dict[str, Any]
 adapters: dict[str, Callable[[Case], Outputs]] = {}
@@ -76,10 +78,10 @@ class Case:
 
     def clipped(self, advantage: Tensor, log_ratio: Tensor) -> Tensor:
         names = {"clip_low": "low", "clip_high": "high", "clip_c": "dual"}
-        return self.call(clipped_loss, per_token(advantage, self.mask), log_ratio.exp(), **names)
+        return self.call(ppo_clip, log_ratio.exp(), per_token(advantage, self.mask), **names)
 
     def log_ratio(self) -> Tensor:
-        return visible(self("logp"), self.mask) - visible(self("old_logp"), self.mask)
+        return select(self.mask, self("logp")) - select(self.mask, self("old_logp"))
 
     def with_grad(self, loss: Tensor, *names: str, **others: Any) -> Outputs:
         leaves = [self(name) for name in names]
@@ -130,7 +132,7 @@ def aepo_batch(case: Case) -> Outputs:
         "selected": selected_rows(case),
         "n_reg": len(selected),
         "batch": [["reg", row] for row in selected] + [["grpo", row] for row in kept],
-        "advantage": batch.advantage,
+        "advantage": batch.advantages,
     }
 
 
@@ -182,7 +184,7 @@ def tw_grpo_(case: Case) -> Outputs:
     weight = case.call(tw_grpo.divergence_weights, divergence)
     clip = case.option("clip", 0.2)
     ratio = case.log_ratio().exp()
-    token_loss = clipped_loss(per_token(case("advantage").detach(), mask), ratio, low=clip, high=clip)
+    token_loss = ppo_clip(ratio, per_token(case("advantage").detach(), mask), low=clip, high=clip)
     loss = masked_mean(weight.unsqueeze(1) * token_loss, mask)
     return case.with_grad(loss, "logp", divergence=divergence, weight=weight)
 
@@ -196,19 +198,19 @@ def multi_choice_soft_reward(case: Case) -> Outputs:
 @adapter
 def entropy_sft(case: Case) -> Outputs:
     ce, h = case("ce"), case("entropy")
-    kept = case.call(entropy.entropy_sft_tokens, ce, h, torch.ones_like(ce).bool())
+    kept = case.call(entropy_control.entropy_sft_tokens, ce, h, torch.ones_like(ce).bool())
     ratio = case.option("token_ratio", 0.8)
-    out = case.with_grad(entropy.entropy_sft_loss(ce, kept), "ce", kept=kept.nonzero().flatten().tolist())
-    out["score"] = case.call(entropy.entropy_sft_scores, ce, h)
+    out = case.with_grad(entropy_control.entropy_sft_loss(ce, kept), "ce", kept=kept.nonzero().flatten().tolist())
+    out["score"] = case.call(entropy_control.entropy_sft_scores, ce, h)
     if (items := case.option("num_items")) is not None:
-        out["loss_global"] = entropy.entropy_sft_loss(ce, kept, token_ratio=ratio, num_items=items)
+        out["loss_global"] = entropy_control.entropy_sft_loss(ce, kept, token_ratio=ratio, num_items=items)
     return out
 
 
 @adapter
 def tea_rl(case: Case) -> Outputs:
-    coef = case.call(entropy.tea_coefficient, case("logp"), case("advantage"), case.mask)
-    loss = entropy.tea_loss(case("entropy"), coef, case.mask)
+    coef = case.call(entropy_control.tea_coefficient, case("logp"), case("advantage"), case.mask)
+    loss = entropy_control.tea_loss(case("entropy"), coef, case.mask)
     return case.with_grad(loss, "logp", "entropy", coef=coef, entropy_term=-loss)
 
 
@@ -237,7 +239,7 @@ def kl_cov(case: Case) -> Outputs:
     mask = case.mask
     cov = covariance.covariance(case("logp"), case("advantage"), mask)
     selected = case.call(covariance.kl_cov_tokens, cov, mask, **COV)
-    lp, old = visible(case("logp"), mask), visible(case("old_logp"), mask)
+    lp, old = select(mask, case("logp")), select(mask, case("old_logp"))
     advantage = per_token(case("advantage").detach(), mask)
     loss = masked_mean(case.call(covariance.kl_cov_loss, lp, old, advantage, selected), mask)
     return case.with_grad(loss, "logp", cov=cov, selected=cells(selected))
@@ -245,16 +247,18 @@ def kl_cov(case: Case) -> Outputs:
 
 @adapter
 def entropy_top_mask(case: Case) -> Outputs:
-    keep = case.call(entropy.entropy_top, case("entropy"), case.mask)
+    keep = case.call(entropy_control.entropy_top, case("entropy"), case.mask)
     token_loss = case.clipped(case("advantage").detach(), case.log_ratio())
-    full = masked_mean(visible(token_loss, keep), case.mask)
+    full = masked_mean(select(keep, token_loss), case.mask)
     kept = {"k": int(keep.sum()), "keep_mask": keep.long(), "loss_full_denominator": full}
     return case.with_grad(masked_mean(token_loss, keep), "logp", **kept)
 
 
 @adapter
 def entropy_coef_controller(case: Case) -> Outputs:
-    controller = entropy.EntropyCoefficient(**case.options(entropy.EntropyCoefficient, min="low", max="high"))
+    controller = entropy_control.EntropyCoefficient(
+        **case.options(entropy_control.EntropyCoefficient, min="low", max="high")
+    )
     coef, enabled, applied = [], [], []
     for now in case.inputs["entropy"]:
         applied.append(controller.update(now))
@@ -265,7 +269,7 @@ def entropy_coef_controller(case: Case) -> Outputs:
 
 @adapter
 def entropy_log_alpha(case: Case) -> Outputs:
-    controller = entropy.LogEntropyCoefficient(**case.options(entropy.LogEntropyCoefficient))
+    controller = entropy_control.LogEntropyCoefficient(**case.options(entropy_control.LogEntropyCoefficient))
     return {"alpha": [controller.update(now) for now in case.inputs["entropy"]]}
 
 

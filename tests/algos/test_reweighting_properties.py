@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from algos import compression, covariance, data_edits, demonstrations, entropy, grpo_guard, merging, preference
+from algos import compression, covariance, data_edits, demonstrations, entropy_control, grpo_guard, merging, preference
 from algos import sample_weights as weights
 from algos.aepo import EntropyAverage, mixed_batch
-from algos.masked import clipped_loss, largest, masked_mean, visible
+from algos.batch import select
+from algos.masked import largest, masked_mean
 from algos.prefix import prefix_advantages
 from algos.steer import entropy_change, steer_weights
 from algos.step_credit import awm_loss, awm_weights
+from algos.surrogates import ppo_clip
 from algos.tw_grpo import divergence_weights, group_divergence
 from core.errors import UserError
 
@@ -37,15 +39,15 @@ def test_token_weights_that_are_switched_off_are_one() -> None:
     assert torch.equal(steer_weights(change, MASK, w_min=1.0), ONES)
     assert torch.equal(divergence_weights(random(2, T).abs(), alpha=1.0), torch.ones(2, T, dtype=torch.float64))
     assert torch.equal(covariance.clip_cov_weights(torch.zeros(B, T).bool(), MASK).double(), ONES)
-    assert not entropy.tea_coefficient(LP, A, MASK, alpha=0.0).any()
-    assert torch.equal(entropy.entropy_top(H, MASK, ratio=1.0), MASK)
-    assert torch.equal(entropy.entropy_sft_tokens(-LP, H, MASK, token_ratio=1.0), MASK)
+    assert not entropy_control.tea_coefficient(LP, A, MASK, alpha=0.0).any()
+    assert torch.equal(entropy_control.entropy_top(H, MASK, ratio=1.0), MASK)
+    assert torch.equal(entropy_control.entropy_sft_tokens(-LP, H, MASK, token_ratio=1.0), MASK)
 
 
 def test_guard_without_drift_and_gradient_weight_is_plain_ppo() -> None:
     bucket = grpo_guard.position_buckets(MASK)
     guard = grpo_guard.guard_statistics(OLD, OLD, bucket, gradient_reweight=False)
-    assert torch.equal(grpo_guard.guarded_log_ratio(LP, OLD, guard), visible(LP - OLD, MASK))
+    assert torch.equal(grpo_guard.guarded_log_ratio(LP, OLD, guard), select(MASK, LP - OLD))
     assert torch.equal(guard.of_tokens(guard.delta), ONES)
 
 
@@ -175,8 +177,8 @@ def test_an_orthogonal_pair_of_gradients_is_not_entangled() -> None:
 def test_luffy_without_demonstrations_is_ppo_and_prefix_rft_without_hybrid_rows_is_group_relative() -> None:
     off = torch.zeros(B, T).bool()
     loss = demonstrations.luffy_loss(LP, OLD, A, MASK, off, clip_low=0.2, clip_high=0.2)
-    ratio = visible(LP - OLD, MASK).exp()
-    assert torch.equal(loss, visible(clipped_loss(A.unsqueeze(1), ratio), MASK))
+    ratio = select(MASK, LP - OLD).exp()
+    assert torch.equal(loss, select(MASK, ppo_clip(ratio, A.unsqueeze(1))))
     scores, group, none = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]), torch.zeros(4).long()
     assert prefix_advantages(scores, group, none, none, MASK)[:, 0].tolist() == [0.5, -0.5, 0.0, 0.0]
 
@@ -191,7 +193,7 @@ def test_superhf_without_kl_is_cross_entropy() -> None:
 
 def test_aepo_without_good_rows_is_the_ordinary_batch() -> None:
     batch = mixed_batch(0.3, torch.zeros(3), torch.tensor([1.0, -1.0]))
-    assert (batch.selected.tolist(), batch.kept.tolist(), batch.advantage.tolist()) == ([], [0, 1], [1.0, -1.0])
+    assert (batch.selected.tolist(), batch.kept.tolist(), batch.advantages.tolist()) == ([], [0, 1], [1.0, -1.0])
     drawn = mixed_batch(0.3, torch.ones(2), torch.zeros(6), alpha=0.5, generator=torch.Generator().manual_seed(0))
     assert len(drawn.kept) == 4 and drawn.weight.tolist() == [0.5, 0.5, 1.0, 1.0, 1.0, 1.0]
 
@@ -235,8 +237,8 @@ def test_ties_go_to_the_lower_index() -> None:
 
 
 STATEFUL: dict[str, tuple[Any, Any]] = {
-    "entropy coefficient": (entropy.EntropyCoefficient, lambda c, i: c.update([0.1, 0.3][i % 2])),
-    "log entropy coefficient": (entropy.LogEntropyCoefficient, lambda c, i: c.update(0.1 * i)),
+    "entropy coefficient": (entropy_control.EntropyCoefficient, lambda c, i: c.update([0.1, 0.3][i % 2])),
+    "log entropy coefficient": (entropy_control.LogEntropyCoefficient, lambda c, i: c.update(0.1 * i)),
     "entropy average": (lambda: EntropyAverage(momentum=0.9), lambda c, i: c.update(0.1 * i)),
     "beta-DPO": (preference.BetaDPO, lambda c, i: (c.update(random(4, seed=i)), c.mean, c.std)),
     "KL-DRO": (weights.KlDroNormaliser, lambda c, i: c.weights(random(4, seed=i)).tolist()),
