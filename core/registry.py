@@ -86,7 +86,7 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], wher
 
 @functools.cache
 def _options_model(function: Callable[..., Any]) -> type[pydantic.BaseModel]:
-    hints = typing.get_type_hints(function)
+    hints = typing.get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {
         name: (hints.get(name, Any), ... if p.default is p.empty else p.default)
         for name, p in options_of(function).items()

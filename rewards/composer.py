@@ -3,8 +3,7 @@
     composer = Composer(config.rewards)          # checks everything the user wrote; starts nothing
     group = await composer.score(group)          # components and totals filled
     groups = composer.weigh(groups)              # totals of a whole step under the step's weights
-    composer.check(groups)                       # raises RewardFailure when a component fails too often
-    metrics.update(composer.metrics(groups))
+    metrics |= composer.metrics(groups)          # raises RewardFailure when a component fails too often
 
 total = sum of weight x value over the components that have a value; NaN where none has. A missing value is never
 taken for 0, and the other weights are not rescaled to make up for it.
@@ -84,12 +83,12 @@ class Component:
     reward: Reward
 
 
-def check_components(config: RewardsConfig, where: str = "rewards") -> dict[str, Component]:
+def check_components(config: RewardsConfig, where: str = "rewards.components") -> dict[str, Component]:
     """The components of a config. Raises UserError (place, problem, what is allowed); starts no process.
 
     A user's file is loaded here, so that a mistake in it is found before anything slow.
     """
-    return {name: _component(name, entry, f"{where}.components.{name}") for name, entry in config.components.items()}
+    return {name: _component(name, entry, f"{where}.{name}") for name, entry in config.components.items()}
 
 
 def _component(name: str, entry: Mapping[str, Any], where: str) -> Component:
@@ -114,7 +113,7 @@ def _component(name: str, entry: Mapping[str, Any], where: str) -> Component:
 class Composer:
     """The reward of a run. Construction validates and raises UserError; processes start with the first `score`."""
 
-    def __init__(self, config: RewardsConfig, where: str = "rewards") -> None:
+    def __init__(self, config: RewardsConfig, where: str = "rewards.components") -> None:
         self.components = check_components(config, where)
         self.policy: WeightingPolicy = fixed({c.name: c.weight for c in self.components.values()})
         self._weights = {c.name: c.weight for c in self.components.values()}
@@ -158,7 +157,7 @@ class Composer:
         return replace(group, totals=tuple(totals))
 
     def check(self, groups: Sequence[Group]) -> None:
-        """Raises RewardFailure if a component failed on more than `max_failed` of a step's completions."""
+        """Raise RewardFailure if a component failed on more than `max_failed` of a step's completions."""
         for name in self.components:
             scores = _of(groups, name)
             failures = [s for s in scores if s.status in ("timeout", "error")]
@@ -167,14 +166,16 @@ class Composer:
                 raise RewardFailure(
                     f"rewards.components.{name}: {len(failures)} of {len(scores)} completions of this step could not "
                     f"be scored (rewards.max_failed is {self._max_failed:g}); "
-                    f"most often ({count} times) {status}: {detail}"
+                    f"most often ({count} of them) {status}: {detail}"
                 )
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """The `METRICS` of a step. What has no value (a mean over nothing) is left out, never 0.
 
-        Latencies are of everything scored since the last call.
+        Latencies are of everything scored since the last call. Raises RewardFailure, naming the component and the most
+        common reason, if it failed on more than `max_failed` of the step's completions.
         """
+        self.check(groups)
         totals = [t for g in groups for t in g.totals]
         known = [t for t in totals if math.isfinite(t)]
         found: dict[str, float] = {}

@@ -35,7 +35,7 @@ def think_format(completion: str) -> float:
 def tag_count(completion: str) -> float:
     """0.25 for each of `<think>`, `</think>`, `<answer>`, `</answer>` that occurs exactly once, on a line of its own.
 
-    As in open-r1's `tag_count_reward`: the opening tag of the thinking needs no line break before it, the last none after.
+    As in open-r1's `tag_count_reward`: the first needs no line break before it, the last none after.
     """
     return sum(0.25 for tag in _TAGS if completion.count(tag) == 1)
 

@@ -21,12 +21,13 @@ Amount = Annotated[float, Field(ge=0)]
 
 
 @rewards
-def length(completion_ids: Sequence[int], *, target: Tokens, alpha: Amount = 0.0003) -> float:
-    """-alpha * |target - tokens|: beside math_answer this is L1's exact mode, 1[correct] - alpha * |target - tokens|.
+def length(completion_ids: Sequence[int], *, target: Tokens, alpha: Amount | None = None) -> float:
+    """-alpha * |target - tokens|: 0 at the target; alpha none is 1 / target, so -1 at none and at twice as many tokens.
 
+    Beside `math_answer` this is L1's exact mode, 1[correct] - alpha * |target - tokens|, there with alpha 0.0003.
     Aggarwal and Welleck, "L1: Controlling How Long A Reasoning Model Thinks", https://arxiv.org/abs/2503.04697
     """
-    return -alpha * abs(target - len(completion_ids))
+    return -(1 / target if alpha is None else alpha) * abs(target - len(completion_ids))
 
 
 @rewards

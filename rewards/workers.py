@@ -99,7 +99,7 @@ class Workers:
             return
         except TimeoutError:
             score = Score("timeout", detail=f"took longer than {limit if loaded else START_TIMEOUT:g} s")
-        except (_Dead, OSError, ValueError, KeyError) as error:
+        except (_Dead, ValueError, KeyError) as error:
             score = Score("error", detail=f"{error}{process.log()}")
         await process.kill()
         # The completion that was being scored is the culprit; all are where the group is scored at once, or none was.
@@ -170,7 +170,7 @@ class _Process:
         try:
             await process.send(hello)
             await process.receive(START_TIMEOUT)
-        except (TimeoutError, _Dead, OSError, ValueError) as error:
+        except (TimeoutError, _Dead, ValueError) as error:
             await process.kill()
             raise RewardFailure(f"a scoring process does not start: {error or 'no answer'} {process.log()}") from None
         except BaseException:
@@ -183,10 +183,13 @@ class _Process:
         return not self._killed and self._process.returncode is None
 
     async def send(self, message: Mapping[str, Any]) -> None:
-        """Hand over one message. Raises TimeoutError when the process does not take it, OSError when it is gone."""
+        """Hand over one message. Raises TimeoutError when the process does not take it, _Dead when it is gone."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(message, default=str).encode() + b"\n")
-        await asyncio.wait_for(self._process.stdin.drain(), START_TIMEOUT)
+        try:
+            await asyncio.wait_for(self._process.stdin.drain(), START_TIMEOUT)
+        except ConnectionError:
+            raise _Dead(await self._exit_reason()) from None
 
     async def receive(self, seconds: float) -> dict[str, Any]:
         """The next answer. Raises TimeoutError, _Dead when there will be none, ValueError when it is none."""

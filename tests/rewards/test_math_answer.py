@@ -257,6 +257,29 @@ assert "sympy" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+ODD = [
+    r"\left( 3, \frac{\pi}{2} \right)",
+    r"(-\infty, 2) \cup (3, \infty)",
+    r"\begin{pmatrix} -1 & 0 \\ 0 & -1 \end{pmatrix}",
+    r"\{1\pm\sqrt{5},-2\}",
+    r"$m n-\lfloor m / 2\rfloor$",
+    r"\hbar \omega(v+1 / 2)-\frac{E_{0}^{2} e^{2}}{2 m \omega^{2}}",
+    "np.arcsin(10/13)",
+    "11:55 p.m. on 24 December 2014.",
+    "SRAC=LRAC",
+    "$352146,362145,452136,562134$",
+    r"-\tfrac32",
+    "2.88e-19",
+    "-",
+]
+
+
+@pytest.mark.parametrize("gold", ODD)
+def test_answers_of_every_kind_in_the_benchmarks_are_right_when_repeated(gold: str) -> None:
+    assert grade(rf"\boxed{{{gold.strip('$')}}}", gold).value == 1.0
+    assert grade(r"\boxed{\frac{987}{654}}", gold).value != 1.0
+
+
 DATA = os.environ.get("ALIGNLAB_DATA", "")
 
 
@@ -265,6 +288,6 @@ def test_every_right_answer_of_the_data_files_is_right() -> None:
     files = sorted(Path(DATA).glob("*.jsonl"))
     assert files
     for file in files:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in file.open(encoding="utf-8")]
         answers = [row["answer"] for row in rows if "answer" in row]
         assert [a for a in answers if grade(rf"\boxed{{{a.strip('$')}}}", a).value != 1.0] == []

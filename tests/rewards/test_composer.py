@@ -1,0 +1,188 @@
+"""Several components at once: what is checked, how they are mixed, what is counted, when a run stops."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.config import RewardsConfig
+from core.errors import UserError
+from core.schema import Completion, Group, Prompt, Score
+from rewards.composer import METRICS, Composer, all_equal, check_components, total
+from rewards.weighting import statistics, weightings
+from rewards.workers import RewardFailure
+
+OK, MISSING = Score("ok", 1.0), Score("abstain")
+
+
+def config(components: dict[str, Any], **settings: Any) -> RewardsConfig:
+    return RewardsConfig(components=components, **{"timeout": 1.0, "memory_gib": 2.0, **settings})
+
+
+def group(*texts: str, **columns: Any) -> Group:
+    completions = tuple(Completion((1,) * len(t), (0.0,) * len(t), (0,) * len(t), t, "stop") for t in texts)
+    return Group("g", Prompt(0, "Q?", (1,), columns), completions)
+
+
+def scored(totals: tuple[float, ...], **components: tuple[Score, ...]) -> Group:
+    from dataclasses import replace
+
+    return replace(group(*["x"] * len(totals)), components=components, totals=totals)
+
+
+@pytest.fixture
+def run() -> Iterator[Any]:
+    """Score groups with a config in one loop and close everything."""
+
+    def score(settings: RewardsConfig, *groups: Group) -> tuple[Composer, list[Group]]:
+        async def main() -> tuple[Composer, list[Group]]:
+            composer = Composer(settings)
+            try:
+                return composer, list(await asyncio.gather(*(composer.score(g) for g in groups)))
+            finally:
+                await composer.close()
+
+        return asyncio.run(asyncio.wait_for(main(), 60))
+
+    yield score
+
+
+def test_components_stay_apart_and_the_total_is_their_weighted_sum(run: Any) -> None:
+    settings = config(
+        {
+            "math_answer": {},
+            "brief": {"fn": "length", "weight": 0.5, "target": 10, "alpha": 0.1},
+            "form": {"fn": "boxed", "weight": 0.25},
+        }
+    )
+    given = group(r"\boxed{5}", r"\boxed{4}", "5", answer="5")  # 9, 9 and 1 tokens
+    composer, (found,) = run(settings, given)
+    assert [s.value for s in found.components["math_answer"]] == [1.0, 0.0, 0.0]
+    assert [s.value for s in found.components["brief"]] == pytest.approx([-0.1, -0.1, -0.9])
+    assert [s.value for s in found.components["form"]] == [1.0, 1.0, 0.0]
+    # 1 - 0.05 + 0.25; 0 - 0.05 + 0.25; 0 - 0.45 + 0
+    assert found.totals == pytest.approx((1.2, 0.2, -0.45))
+    assert given.totals == () and given.components == {}  # a stage returns a copy
+
+    metrics = composer.metrics([found])
+    assert metrics["reward/total"] == pytest.approx(0.95 / 3)
+    assert metrics["reward/math_answer"] == pytest.approx(1 / 3)
+    assert metrics["reward/math_answer_std"] == pytest.approx(math.sqrt(1 / 3))  # of 1, 0, 0 with n - 1
+    assert metrics["reward/math_answer_failed"] == metrics["reward/unscorable"] == metrics["reward/equal_groups"] == 0
+    assert 0 < metrics["reward/form_seconds"] < 1
+    known = {name.replace("<component>", c) for name in METRICS for c in ("math_answer", "brief", "form")}
+    assert set(metrics) <= known
+    assert composer.weigh([found]) == [found]
+
+
+def test_without_a_right_answer_nothing_is_known_and_nothing_is_zero(run: Any) -> None:
+    composer, (found,) = run(config({"math_answer": {}}), group(r"\boxed{5}", "5"))
+    assert [s.status for s in found.components["math_answer"]] == ["abstain", "abstain"]
+    assert all(math.isnan(t) for t in found.totals)
+    metrics = composer.metrics([found])
+    assert "reward/total" not in metrics and "reward/math_answer" not in metrics
+    assert metrics["reward/unscorable"] == metrics["reward/math_answer_abstained"] == 1.0
+
+
+def test_a_failure_costs_its_own_part_of_the_total(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def f(completion):\n    while completion == 'bb': pass\n    return 1 / (completion != 'a')"
+    )
+    settings = config({"mine": {"fn": f"{tmp_path}/mine.py:f"}, "form": {"fn": "boxed", "weight": 3.0}}, timeout=0.5)
+    composer, (found,) = run(settings, group("a", "bb", r"\boxed{5}"))
+    assert [s.status for s in found.components["mine"]] == ["error", "timeout", "ok"]
+    assert found.totals == (0.0, 0.0, 4.0)
+    with pytest.raises(RewardFailure, match=r"rewards.components.mine: 2 of 3 completions .*rewards.max_failed is 0.5"):
+        composer.metrics([found])
+
+
+def test_the_message_of_a_failing_step_names_the_most_common_reason() -> None:
+    composer = Composer(config({"form": {"fn": "boxed"}, "math_answer": {}}, max_failed=0.25))
+    often, seldom = Score("error", detail="KeyError: 'b'"), Score("timeout")
+    composer.check([scored((1.0,) * 4, form=(OK, OK, OK, seldom))])  # a quarter is allowed
+    with pytest.raises(UserError, match=r"most often \(2 of them\) error: KeyError: 'b'"):
+        composer.check([scored((1.0,) * 4, form=(OK, often, often, seldom), math_answer=(OK,) * 4)])
+
+
+def test_a_mapping_becomes_components_under_one_weight(run: Any, tmp_path: Path) -> None:
+    source = "def f(completion): return {'a': 1, 'b': None} if completion == 'x' else {'a': 3, 'c': 1}"
+    (tmp_path / "mine.py").write_text(source)
+    composer, (found,) = run(config({"m": {"fn": f"{tmp_path}/mine.py:f", "weight": 2}}), group("x", "y"))
+    assert {name: [s.status for s in scores] for name, scores in found.components.items()} == {
+        "m/a": ["ok", "ok"],
+        "m/b": ["abstain", "abstain"],
+        "m/c": ["abstain", "ok"],
+    }
+    assert found.totals == (2.0, 8.0)
+    assert composer.metrics([found])["reward/m/a"] == 2.0
+
+
+def test_a_total_is_the_sum_of_what_there_is() -> None:
+    weights = {"a": 1.0, "b": 0.5}
+    assert total({"a": OK, "b": Score("ok", 4.0)}, weights) == 3.0
+    assert total({"a": MISSING, "b": Score("ok", 4.0)}, weights) == 2.0  # neither zero nor rescaled
+    assert math.isnan(total({"a": MISSING, "b": Score("error")}, weights))
+
+
+def test_groups_of_equal_totals_are_counted() -> None:
+    assert all_equal((0.5, 0.5)) and all_equal((0.5, math.nan)) and all_equal((math.nan,) * 2)
+    assert not all_equal((0.5, math.nan, 0.0))
+    composer = Composer(config({}))
+    metrics = composer.metrics([scored((1.0, 1.0)), scored((1.0, 0.0)), scored((0.0, 0.0)), scored((0.0, 0.0))])
+    assert (metrics["reward/equal_groups"], metrics["reward/total"]) == (0.75, 0.375)
+
+
+@pytest.mark.parametrize(
+    ("components", "says"),
+    [
+        (
+            {"math_anwser": {}},
+            "rewards.components.math_anwser: there is no reward 'math_anwser'; did you mean 'math_answer'",
+        ),
+        (
+            {"length": {"traget": 5}},
+            "rewards.components.length.traget: unknown option of 'length'; did you mean 'target'",
+        ),
+        ({"length": {"target": "5"}}, "rewards.components.length.target: "),
+        ({"length": {"target": 0}}, "rewards.components.length.target: "),
+        ({"length": {}}, "rewards.components.length.target: field required"),
+        ({"boxed": {"weight": "1"}}, "rewards.components.boxed.weight: '1' is not a number"),
+        ({"boxed": {"weight": True}}, "rewards.components.boxed.weight: True is not a number"),
+        ({"boxed": {"weight": math.nan}}, "rewards.components.boxed.weight: nan is not a number"),
+        ({"b": {"fn": 3}}, "rewards.components.b.fn: 3 is not a name"),
+        ({"b": {"fn": "nowhere.py:f"}}, "rewards.components.b: 'nowhere.py:f' names the file"),
+        ({"a/b": {"fn": "boxed"}}, "rewards.components.a/b: a component's name has no '/'"),
+        ({"math_answer": {"extract": "all"}}, "rewards.components.math_answer.extract: "),
+    ],
+)
+def test_mistakes_in_the_config_are_explained_before_anything_starts(components: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_components(config(components))
+    assert str(error.value).startswith(says)
+
+
+def test_a_checkpoint_fits_the_same_components_only() -> None:
+    composer = Composer(config({"math_answer": {}, "boxed": {}}))
+    Composer(config({"boxed": {"weight": 2}, "math_answer": {}})).load_state_dict(composer.state_dict())
+    with pytest.raises(UserError, match="made with boxed, math_answer, the config has boxed"):
+        Composer(config({"boxed": {}})).load_state_dict(composer.state_dict())
+
+
+def test_statistics_flatten_a_step() -> None:
+    step = statistics([scored((1.0, 1.0), a=(OK, MISSING)), scored((1.0,), a=(Score("ok", 3.0),), b=(OK,))])
+    assert step.names == ("a", "b") and step.group.tolist() == [0, 0, 1] and step.lengths.tolist() == [1, 1, 1]
+    assert [[None if math.isnan(v) else v for v in row] for row in step.values] == [[1, None], [None, None], [3, 1]]
+    assert step.means() == {"a": 2.0, "b": 1.0}
+    assert weightings["fixed"]({"a": 0.5, "b": 2.0}).weigh(step) == {"a": 0.5, "b": 2.0}
+
+
+def test_the_quickstart_reward_of_ones_own_tells_answers_at_once_from_worked_ones(run: Any) -> None:
+    path = Path(__file__).parents[2] / "examples" / "quickstart" / "my_rewards.py"
+    settings = config({"terse": {"fn": f"{path}:terse", "worked": 0.25}})
+    _, (found,) = run(settings, group(r"The answer is \boxed{10}.", r"7 + 5 = 12. The answer is \boxed{12}."))
+    assert found.totals == (1.0, 0.25)
