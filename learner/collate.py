@@ -38,6 +38,11 @@ class Sequences:
         """The sequences of some rows."""
         return Sequences(*([column[i] for i in index] for column in (self.prompts, self.completions, self.groups)))
 
+    def only(self, wanted: Sequence[bool]) -> Sequences:
+        """The same rows, those that are not wanted without completion: no micro-batch will hold them."""
+        kept = [c if w else () for c, w in zip(self.completions, wanted, strict=True)]
+        return Sequences(self.prompts, kept, self.groups)
+
     def length(self, rows: Sequence[int]) -> int:
         """Tokens that the model reads for rows of one group: the prompt once, of each completion all but the last."""
         return len(self.prompts[rows[0]]) + sum(len(self.completions[r]) - 1 for r in rows)

@@ -152,11 +152,13 @@ class Learner:
             minibatch = late(self.method, minibatch, logprobs)
         else:
             minibatch = normalise(self.method, minibatch)
-        if minibatch.loss_mask is not None and not minibatch.loss_mask.any():
-            totals.add({"optim/empty": (1.0, 1.0)})
+        # Filtered and rejected rows are in no term of the loss, so the model need not read them again.
+        trained = minibatch.loss_mask.any(1).tolist()
+        totals.add({"optim/empty": (float(not any(trained)), 1.0)})
+        if not any(trained):
             return
         value = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for micro in self._share(sequences):
+        for micro in self._share(sequences.only(trained)):
             logprobs, entropy = self.policy(micro)
             if not micro.rows:
                 # A pass of its own for a rank without work: FSDP2's collectives need every rank in every pass.
@@ -227,31 +229,26 @@ class Learner:
 
     def _metrics(self, totals: Totals, batch: Batch, factor: float, before: float, elapsed: float) -> dict[str, float]:
         """The step's metrics over all ranks; the method's own of the whole step come from `batch.metrics`."""
-        own = totals.numbers()
-        reports = self.ranks.gather((own, elapsed, self._peak_memory()))
+        reports = self.ranks.gather((totals.numbers(), before, elapsed, self._peak_memory()))
         merged, step_level = Totals(), Totals()
-        for numbers, _, _ in reports:
+        for numbers, *_ in reports:
             merged.add(numbers)
         step_level.add(batch.metrics)
-        seconds = max(r[1] for r in reports)
-        count = merged.pairs
-        # Updates are counted once per rank in what each rank adds, tokens once in all.
-        updates = {n: count[n][0] / self.ranks.world for n in ("optim/skipped", "optim/empty") if n in count}
-        tokens = count.get("learner/tokens", (0.0, 0.0))[0]
+        passes, befores, seconds, memory = zip(*reports, strict=True)
+        tokens = merged.pairs.get("learner/tokens", (0.0, 0.0))[0]
         return {
             **step_level.means(),
             **merged.means(),
-            "optim/skipped": 0.0,
-            "optim/empty": 0.0,
-            **updates,
+            # Every rank counts every update, so these are sums over the updates and not over the ranks.
+            **{n: merged.pairs.get(n, (0.0, 0.0))[0] / self.ranks.world for n in ("optim/skipped", "optim/empty")},
             "optim/lr": self.config.learner.optimizer.lr * factor,
             "learner/tokens": tokens,
-            "learner/tokens_per_second": tokens / seconds,
-            "learner/micro_batches": own.get("learner/tokens", (0.0, 0.0))[1],
-            "learner/peak_memory_gib": max(r[2] for r in reports),
-            "time/learner": seconds,
-            "time/learner_before": before,
-            "time/learner_updates": elapsed - before,
+            "learner/tokens_per_second": tokens / max(seconds),
+            "learner/micro_batches": max(numbers.get("learner/tokens", (0.0, 0.0))[1] for numbers in passes),
+            "learner/peak_memory_gib": max(memory),
+            "time/learner": max(seconds),
+            "time/learner_before": max(befores),
+            "time/learner_updates": max(t - b for t, b in zip(seconds, befores, strict=True)),
         }
 
     def _peak_memory(self) -> float:

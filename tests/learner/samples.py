@@ -19,7 +19,8 @@ def config(model: Path, **learner: Any) -> RunConfig:
         model={"path": str(model)},
         data={"path": "none.jsonl"},
         rollout={"prompts": 4, "group_size": 4},
-        learner={"optimizer": {"lr": 1e-3}, **learner},
+        # AdamW divides by the root of tiny second moments: a large eps keeps it from amplifying rounding.
+        learner={**learner, "optimizer": {"lr": 1e-3, "eps": 1e-4, **learner.get("optimizer", {})}},
     )
 
 

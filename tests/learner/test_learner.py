@@ -1,0 +1,163 @@
+"""A learner on one rank: what may not change the update, what must, and what happens to numbers that are not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from algos.methods import resolve
+from core.errors import UserError
+from learner.learner import Learner
+from learner.metrics import METRICS
+from tests.learner import samples
+
+
+def parameters(learner: Learner) -> Tensor:
+    return learner.export(lambda tensors: torch.cat([t.flatten() for _, t in tensors])).clone()
+
+
+def trained(tiny: Path, steps: int = 3, method: Any = "grpo", **learner: Any) -> Tensor:
+    worker = Learner(samples.config(tiny, **learner), resolve(method))
+    for step in range(steps):
+        worker.step(samples.groups(seed=step), version=step)
+    return parameters(worker)
+
+
+def test_the_update_does_not_depend_on_the_micro_batches(tiny: Path) -> None:
+    whole = trained(tiny, token_budget=100_000)
+    assert not torch.allclose(whole, parameters(Learner(samples.config(tiny), resolve("grpo"))), atol=1e-3)
+    assert torch.allclose(whole, trained(tiny, token_budget=64), atol=1e-6, rtol=0)
+
+
+def test_the_update_does_not_depend_on_the_attention_kernel(tiny: Path) -> None:
+    config = samples.config(tiny)
+    eager = config.model_copy(update={"model": config.model.model_copy(update={"attention": "eager"})})
+    one, other = (Learner(c, resolve("grpo")) for c in (config, eager))
+    for worker in (one, other):
+        worker.step(samples.groups(), version=0)
+    assert torch.allclose(parameters(one), parameters(other), atol=1e-5, rtol=0)
+
+
+def test_minibatches_and_epochs_are_updates_of_their_own(tiny: Path) -> None:
+    worker = Learner(samples.config(tiny, minibatches=2, epochs=3), resolve("grpo"))
+    worker.step(samples.groups(), version=0)
+    assert {int(t) for n, t in worker.optimiser.state() if n.endswith("/step")} == {6}
+
+
+def test_a_second_update_of_a_step_sees_a_ratio(tiny: Path) -> None:
+    def clipped(**learner: Any) -> float:
+        worker = Learner(samples.config(tiny, optimizer={"lr": 1e-2}, **learner), resolve("grpo"))
+        metrics = worker.step(samples.groups(), version=0).metrics
+        return metrics["policy/clip_low"] + metrics["policy/clip_high"]
+
+    assert clipped() == 0.0 and clipped(epochs=2) > 0.0
+
+
+def test_a_resumed_learner_continues_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
+    options = {"optimizer": {"name": "muon", "lr": 1e-3, "schedule": "cosine"}, "minibatches": 2}
+    straight = Learner(samples.config(tiny, **options), resolve("grpo"))
+    first, second = (Learner(samples.config(tiny, **options), resolve("grpo")) for _ in range(2))
+    for step in range(4):
+        straight.step(samples.groups(seed=step), version=step)
+    for step in range(2):
+        first.step(samples.groups(seed=step), version=step)
+    first.save(tmp_path)
+    second.load(tmp_path)
+    assert second.steps_done == 2
+    for step in range(2, 4):
+        second.step(samples.groups(seed=step), version=step)
+    assert torch.equal(parameters(straight), parameters(second))
+    for (name, x), (_, y) in zip(straight.optimiser.state(), second.optimiser.state(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny: Path, tmp_path: Path) -> None:
+    worker = Learner(samples.config(tiny), resolve("grpo"))
+    with pytest.raises(UserError, match="not a complete trainer state"):
+        worker.load(tmp_path)
+    worker.save(tmp_path)
+    other = Learner(samples.config(tiny, optimizer={"name": "muon"}), resolve("grpo"))
+    with pytest.raises(UserError, match="does not fit"):
+        other.load(tmp_path)
+
+
+def test_the_saved_model_is_one_that_transformers_loads(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    worker = Learner(samples.config(tiny), resolve("grpo"))
+    worker.step(samples.groups(), version=0)
+    worker.save(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    plain = AutoModelForCausalLM.from_pretrained(tiny)
+    plain.load_state_dict(worker.export(lambda tensors: {n: t.clone() for n, t in tensors}), strict=False)
+    plain.tie_weights()
+    assert torch.equal(loaded(ids).logits, plain(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
+    names = worker.export(lambda tensors: [n for n, _ in tensors])
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names  # tied: once
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_kept(tiny: Path, tmp_path: Path) -> None:
+    worker = Learner(samples.config(tiny), resolve("grpo"), skipped=tmp_path)
+    groups = samples.groups()
+    with torch.no_grad():
+        next(iter(worker.policy.hf.model.layers[0].mlp.parameters()))[0, 0] = math.nan
+    before = parameters(worker)
+    metrics = worker.step(groups, version=0).metrics
+    assert metrics["optim/skipped"] == 1.0 and "optim/grad_norm" not in metrics
+    assert torch.equal(before.nan_to_num(), parameters(worker).nan_to_num())
+    kept = [json.loads(line) for line in (tmp_path / "step-0" / "groups.jsonl").read_text().splitlines()]
+    assert sorted(g["id"] for g in kept) == ["g0", "g1", "g2", "g3"]
+    assert json.loads((tmp_path / "step-0" / "why.json").read_text())["loss"] == "nan"
+
+
+def test_nothing_to_train_is_no_update(tiny: Path) -> None:
+    worker = Learner(samples.config(tiny), resolve("dapo", context={"max_tokens": 20}))
+    before = parameters(worker)
+    equal = [replace(g, totals=(1.0,) * len(g.totals)) for g in samples.groups()]
+    result = worker.step(equal, version=0)
+    assert result.metrics["optim/empty"] == 1.0
+    assert torch.equal(before, parameters(worker))
+    assert all(math.isnan(a) for row in result.advantages for a in row)
+
+
+def test_advantages_come_back_in_the_shape_of_the_groups(tiny: Path) -> None:
+    groups = samples.groups(prompts=2)
+    result = Learner(samples.config(tiny), resolve("grpo")).step(groups, version=0)
+    assert [len(row) for row in result.advantages] == [4, 4]
+    for group, row in zip(groups, result.advantages, strict=True):
+        assert [a > 0 for a in row] == [t == 1.0 for t in group.totals]
+
+
+def test_demonstrations_are_learned(tiny: Path) -> None:
+    worker = Learner(samples.config(tiny, optimizer={"name": "muon", "lr": 3e-3}), resolve("sft"))
+    data = samples.groups(prompts=4, size=1, sampled=False)
+    losses = [worker.step(data, version=0).metrics["policy/loss"] for _ in range(8)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_reference_changes_the_update_once_the_policy_has_left_it(tiny: Path) -> None:
+    with_kl = {"row": "grpo", "kl": {"in_loss": {"coef": 1.0}}}
+    worker = Learner(samples.config(tiny), resolve(with_kl))
+    kl = [worker.step(samples.groups(), version=v).metrics["policy/kl_ref"] for v in range(3)]
+    assert kl[0] == pytest.approx(0.0, abs=1e-6) and kl[2] > 1e-4
+
+
+def test_every_metric_of_the_learner_is_explained(tiny: Path) -> None:
+    metrics = Learner(samples.config(tiny), resolve("grpo")).step(samples.groups(), version=0).metrics
+    own = {n for n in metrics if n.split("/")[0] in ("optim", "learner", "time")}
+    assert own <= set(METRICS) and own
+    assert metrics["learner/tokens"] > 0 and metrics["learner/micro_batches"] == 1
+
+
+def test_a_folder_without_a_model_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.path"):
+        Learner(samples.config(tmp_path), resolve("grpo"))
