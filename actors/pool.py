@@ -77,6 +77,13 @@ class ActorPool:
         self._stats: dict[str, Stats] = {}
         self._meter = _Meter()
 
+    @property
+    def spec(self) -> EngineSpec:
+        """What every engine is like; known once the pool has started."""
+        if self._spec is None:
+            raise RuntimeError("the pool has not been started")
+        return self._spec
+
     # Life ----------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:

@@ -59,6 +59,7 @@ class VLLMEngine:
         self._layout: list[tuple[str, tuple[int, ...]]] = []  # names and shapes of the first snapshot
 
     def add(self, request: GroupRequest) -> None:
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
 
         check_length(request, self.spec.max_model_len)
@@ -72,7 +73,7 @@ class VLLMEngine:
                 name = f"{request.id}/{sample}"
                 self._llm.add_request(name, prompt, _sampling_params(request.sampling, seed))
                 added.append(name)
-        except (ValueError, TypeError) as error:  # vLLM's validation of a request
+        except (VLLMClientError, ValueError, TypeError) as error:  # vLLM's validation of a request
             self._llm.abort_request(added)
             raise Rejected(f"request {request.id}: {error}") from error
         self._pending[request.id] = _Pending(request)
@@ -187,6 +188,9 @@ def _engine_args(spec: EngineSpec):
         distributed_executor_backend="uni" if spec.tensor_parallel == 1 else "mp",
         enable_prefix_caching=spec.prefix_caching,
         enforce_eager=spec.enforce_eager,
+        # A prompt cut between two steps makes vLLM rewind the sample's generator, which a CPU generator cannot do.
+        enable_chunked_prefill=False if cpu else None,
+        max_num_batched_tokens=max(4096, spec.max_model_len) if cpu else None,
         gpu_memory_utilization=spec.gpu_memory_utilization,
         kv_cache_memory_bytes=int(spec.kv_cache_gib * 2**30) if cpu else None,
         # Log-probabilities of the distribution that is sampled from: after temperature, top-k, top-p, min-p.

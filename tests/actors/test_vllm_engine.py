@@ -1,0 +1,265 @@
+"""The real vLLM engine, against transformers as the oracle. All tests share one engine in this process."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from actors.engine import EngineSpec, Rejected
+from actors.weights import Broadcast, Refused, snapshot
+from core.schema import Completion, Group, GroupRequest, Prompt, Sampling
+from tests.tiny import tiny_policy
+
+pytestmark = pytest.mark.real
+TOLERANCE = 1e-3  # nats; float32 on both sides
+PROMPT = (2, 272, 14, 294, 32, 3)  # <|user|>12+34=<|assistant|>
+VERSIONS = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def model(policy):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def engine(policy):
+    environment = dict(os.environ)  # vLLM sets LD_PRELOAD and more, which is not meant for the tests that follow
+    from actors.vllm_engine import make
+
+    engine = make(EngineSpec(model=str(policy), max_model_len=256, max_num_seqs=64, kv_cache_gib=0.25))
+    yield engine
+    engine.close()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def request(name: str, seeds=range(4), prompt=PROMPT, **sampling) -> GroupRequest:
+    return GroupRequest(name, Prompt(0, "", tuple(prompt)), tuple(seeds), Sampling(**{"max_tokens": 24, **sampling}))
+
+
+def generate(engine, *requests: GroupRequest) -> dict[str, Group]:
+    for each in requests:
+        engine.add(each)
+    return drain(engine)
+
+
+def drain(engine) -> dict[str, Group]:
+    groups = []
+    while sum(engine.unfinished()):
+        groups += engine.step()
+    return {group.id: group for group in groups}
+
+
+def oracle(model, prompt, completion: Completion, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities [tokens, vocabulary] before each token of the completion, by transformers."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *completion.token_ids]])).logits[0]
+    return (logits[len(prompt) - 1 : -1].double() / temperature).log_softmax(-1)
+
+
+def worst(model, group: Group, temperature: float = 1.0) -> float:
+    """The largest difference between the engine's and the oracle's log-probabilities of the sampled tokens."""
+    differences = []
+    for c in group.completions:
+        want = oracle(model, group.prompt.token_ids, c, temperature).gather(-1, torch.tensor(c.token_ids)[:, None])[
+            :, 0
+        ]
+        differences.append((want - torch.tensor(c.rollout_logprobs)).abs().max().item())
+    return max(differences)
+
+
+def changed(model, scale: float = 0.03):
+    """Another policy of the same shape."""
+    other, noise = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=noise) * scale)
+    return other
+
+
+def weights_of(model, version: int | None = None):
+    return snapshot(model.named_parameters(), next(VERSIONS) if version is None else version, "float32")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_those_of_the_distribution_that_was_sampled_from(engine, model, temperature):
+    engine.update_weights(weights_of(model))
+    group = generate(engine, request("a", seeds=range(8), temperature=temperature))["a"]
+    assert worst(model, group, temperature) < TOLERANCE
+    assert worst(model, group, temperature * 2) > 100 * TOLERANCE  # so the temperature does matter
+
+
+def test_truncated_sampling_has_the_logprobs_of_the_truncated_distribution(engine):
+    group = generate(engine, request("a", top_k=1), request("b", top_k=2))
+    assert (
+        max(abs(p) for c in group["a"].completions for p in c.rollout_logprobs) < 1e-6
+    )  # one candidate: probability 1
+    assert min(p for c in group["b"].completions for p in c.rollout_logprobs) > -12
+
+
+def test_greedy_takes_the_likeliest_token_and_reports_its_probability_at_temperature_1(engine, model):
+    engine.update_weights(weights_of(model))
+    group = generate(engine, request("a", seeds=(1, 2), temperature=0.0))["a"]
+    first, second = group.completions
+    assert first.token_ids == second.token_ids
+    assert tuple(oracle(model, PROMPT, first).argmax(-1).tolist()) == first.token_ids
+    assert worst(model, group) < TOLERANCE
+
+
+def test_a_sample_depends_on_its_seed_alone(engine):
+    alone = generate(engine, request("a", seeds=(5,)))["a"].completions[0]
+    crowd = generate(engine, request("b", seeds=(9, 5, 7)), request("c", prompt=(*PROMPT, 20)))["b"].completions
+    assert crowd[1].token_ids == alone.token_ids
+    assert len({c.token_ids for c in crowd}) == 3
+
+
+def test_tokens_text_and_reasons_go_together(engine):
+    group = generate(engine, request("a", seeds=range(32), max_tokens=60))["a"]
+    end = engine._tokenizer.eos_token_id
+    assert {c.finish_reason for c in group.completions} == {"stop", "length"}
+    for c in group.completions:
+        assert len(c.token_ids) == len(c.rollout_logprobs) == len(c.versions)
+        assert (c.token_ids[-1] == end) == (c.finish_reason == "stop") and end not in c.token_ids[:-1]
+        assert (len(c.token_ids) == 60) or c.finish_reason == "stop"
+        assert c.text == engine._tokenizer.decode(c.token_ids, skip_special_tokens=True) and "<|end|>" not in c.text
+
+
+def test_ignoring_the_end_token_gives_every_completion_its_full_length(engine):
+    group = generate(engine, request("a", seeds=range(8), max_tokens=60, ignore_eos=True))["a"]
+    assert {len(c.token_ids) for c in group.completions} == {60}
+
+
+def test_a_stop_string_ends_a_completion_and_stays_in_its_text(engine):
+    whole = generate(engine, request("a", seeds=(3,)))["a"].completions[0]
+    stop = engine._tokenizer.decode(whole.token_ids[5:8])
+    cut = generate(engine, request("a", seeds=(3,), stop=(stop,)))["a"].completions[0]
+    assert cut.finish_reason == "stop" and cut.text.endswith(stop)
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)] and len(cut.token_ids) <= 8
+
+
+def test_new_weights_serve_at_once_with_their_version_and_digest(engine, model):
+    other = changed(model)
+    weights = weights_of(other)
+    assert engine.update_weights(weights) == weights.digest == engine.digest
+    assert engine._llm.get_weight_version() == str(weights.version)  # vLLM agrees
+    group = generate(engine, request("a"))["a"]
+    assert worst(other, group) < TOLERANCE < worst(model, group)
+    assert {v for c in group.completions for v in c.versions} == {weights.version}
+
+
+def test_a_flipped_byte_is_refused_and_the_old_weights_serve_on(engine, model):
+    engine.update_weights(good := weights_of(model))
+    bad = weights_of(changed(model))
+    buffer = bad.buffer.copy()
+    buffer[len(buffer) // 2] ^= 1
+    with pytest.raises(Refused, match="changed on the way"):
+        engine.update_weights(replace(bad, buffer=buffer))
+    with pytest.raises(Refused, match="other names or shapes"):
+        engine.update_weights(snapshot(list(model.named_parameters())[1:], 9, "float32"))
+    with pytest.raises(Refused, match="not by nccl"):
+        engine.update_weights(Broadcast(9, ()))
+    assert (engine.version, engine.digest) == (good.version, good.digest)
+    group = generate(engine, request("a"))["a"]
+    assert worst(model, group) < TOLERANCE and {v for c in group.completions for v in c.versions} == {good.version}
+
+
+def test_weights_that_change_in_flight_label_the_later_tokens(engine, model):
+    engine.update_weights(before := weights_of(model))
+    engine.add(request("a", seeds=(1, 2), ignore_eos=True))
+    for _ in range(10):
+        engine.step()
+    engine.update_weights(after := weights_of(changed(model)))
+    for c in drain(engine)["a"].completions:
+        assert c.versions == (before.version,) * 10 + (after.version,) * 14
+
+
+def test_a_prefix_cached_under_old_weights_is_not_used_under_new_ones(engine, model):
+    prompt = (*PROMPT, *range(10, 180))  # longer than a cache block
+    engine.update_weights(weights_of(model))
+    engine.add(request("old", prompt=prompt, ignore_eos=True))
+    engine.step(), engine.step()  # its prefix is cached, and held while it is in flight
+    other = changed(model)
+    engine.update_weights(weights_of(other))
+    assert worst(other, generate(engine, request("new", prompt=prompt))["new"]) < TOLERANCE
+
+
+def test_the_same_batch_after_the_same_update_is_bit_equal(engine, model):
+    batch = [request(str(i), prompt=(*PROMPT, 10 + i), seeds=range(4 * i, 4 * i + 4)) for i in range(12)]
+    runs = []
+    for _ in range(2):
+        engine.update_weights(weights_of(model, version=77))
+        runs.append(generate(engine, *batch))
+    assert runs[0] == runs[1]
+
+
+def test_a_request_that_cannot_fit_is_rejected_and_one_that_nobody_wants_is_forgotten(engine):
+    with pytest.raises(Rejected, match=r"need 274, but actors\.max_model_len is 256"):
+        engine.add(request("long", prompt=PROMPT * 40, max_tokens=34))
+    with pytest.raises(Rejected, match="request odd"):
+        engine.add(request("odd", prompt=(10_000,)))  # no such token
+    engine.add(request("a"))
+    engine.step()
+    engine.abort(["a"])
+    assert engine.unfinished() == (0, 0)
+    engine.add(request("b", max_tokens=60, ignore_eos=True))
+    engine.step()
+    second = replace(request("b"), attempt=1)  # given again after its first actor was presumed dead
+    assert generate(engine, second)["b"].attempt == 1
+
+
+def test_generated_tokens_count_those_in_flight(engine):
+    before = engine.generated()
+    engine.add(request("a", seeds=(1, 2), max_tokens=10, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+    assert engine.generated() - before == 8
+    drain(engine)
+    assert engine.generated() - before == 20
+
+
+def test_a_snapshot_reaches_other_processes_through_a_file(engine, model):
+    """Workers in other processes read the buffer from a file; the same worker code serves both ways."""
+    from actors.vllm_weights import snapshot_info
+
+    other = changed(model)
+    weights = weights_of(other)
+    with snapshot_info(weights, processes=2) as info:
+        assert info["snapshot"].buffer.size == 0 and os.path.getsize(info["path"]) == weights.buffer.nbytes
+        engine._update(info)
+        path = info["path"]
+    assert not os.path.exists(path)
+    engine._llm.reset_prefix_cache()
+    assert worst(other, generate(engine, request("a"))["a"]) < TOLERANCE
+    engine.update_weights(weights_of(model))
+
+
+def test_a_late_joiner_loads_a_snapshot_without_the_configured_transfer(engine, model):
+    from actors.vllm_weights import snapshot_info
+
+    other = changed(model)
+    with snapshot_info(weights_of(other), processes=1) as info:
+        engine._llm.collective_rpc("load_snapshot", args=(info,))
+    engine._llm.reset_prefix_cache()
+    assert worst(other, generate(engine, request("a"))["a"]) < TOLERANCE
+    engine.update_weights(weights_of(model))
+
+
+def test_importing_the_folder_loads_no_heavy_library():
+    import subprocess
+    import sys
+
+    heavy = "[m for m in ('vllm', 'torch', 'ray') if m in sys.modules]"
+    code = f"import sys, actors.pool, actors.vllm_engine; print({heavy})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
