@@ -69,7 +69,12 @@ def group(
 
 @advantages
 def passk(
-    rewards: Tensor, group: Tensor, *, scale: Literal["none", "group_std"] = "group_std", eps: float = 1e-6
+    rewards: Tensor,
+    group: Tensor,
+    *,
+    scale: Literal["none", "group_std"] = "group_std",
+    eps: float = 1e-6,
+    ddof: int = 1,
 ) -> Tensor:
     """Only the best row of a group: A = (R_(1) - R_(2)) / (std + eps); 0 for all others, for ties and for n = 1.
 
@@ -81,7 +86,7 @@ def passk(
     leaders = groups.sum((rewards == best).to(rewards.dtype))
     wins = (rewards == best) & groups.spread((leaders == 1) & below.present)
     gap = select(wins, best - groups.spread(below.largest(rewards)))
-    return gap if scale == "none" else torch.where(gap == 0, gap, gap / group_std(rewards, groups, eps, 1))
+    return gap if scale == "none" else torch.where(gap == 0, gap, gap / group_std(rewards, groups, eps, ddof))
 
 
 @advantages

@@ -107,5 +107,5 @@ def sign(positive: Tensor, *, pos_factor: float = 1.0, neg_factor: float = 1.0) 
 
 
 def weighted_sum(values: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
-    """sum over valid cells of scale_i x_it: the part of the rows given. 0 and still on the graph without valid cells."""
+    """sum over valid cells of scale_i x_it: the part of the rows given. Without valid cells 0, still on the graph."""
     return (select(mask, values) * scale[:, None].to(values.dtype)).sum()

@@ -108,10 +108,10 @@ def k1(
     mask: Tensor,
     *,
     level: RejectLevel = "seq_mean",
-    low: float | None = 0.999,
-    high: float | None = 1.001,
+    low: float | None = None,
+    high: float | None = None,
 ) -> Tensor:
-    """Keep where log(low) <= d <= log(high): bounds are ratios, by default those of geometric rejection."""
+    """Keep where log(low) <= d <= log(high): the bounds are ratios."""
     lowest, highest = (None if bound is None else math.log(bound) for bound in (low, high))
     return _reject(lambda x: x, level, lowest, highest)(numerator_logprobs, rollout_logprobs, mask)
 

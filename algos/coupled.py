@@ -77,7 +77,7 @@ def gvpo(
 ) -> Tensor:
     """Gradient of (1 / (2 (n-1))) sum_i (u_i - mean u - (R_i - mean R))^2, u_i = beta sum_t (log pi - log old).
 
-    A_i = V/P beta / (n-1) ((R_i - mean R) - (u_i - mean u)): averaged over the P groups, for the sequence-mean token-sum
+    A_i = V/P beta / (n-1) ((R_i - mean R) - (u_i - mean u)): averaged over P groups, for the sequence-mean token-sum
     aggregation over V rows. n = 1: 0. Source: GVPO, arXiv 2504.19599.
     """
     groups = Groups.of(group, rewards)
@@ -119,5 +119,5 @@ def _drpo_terms(
     wrong = Groups(groups.index, groups.member & (rewards == 0) & (lengths > 0), groups.count)
     omega = torch.ones_like(rewards, dtype=torch.float64)
     if length_lambda is not None:
-        omega = ((1 - lengths / tokens(max_length)) / length_lambda).double().clamp(-700, 700).exp()
+        omega = ((1 - lengths.double() / tokens(max_length)) / length_lambda).clamp(-700, 700).exp()
     return right, wrong, omega, row_mean(logprobs, mask).double()

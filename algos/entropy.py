@@ -11,5 +11,5 @@ entropy_terms = Registry("entropy term")
 
 @entropy_terms
 def bonus(entropy: Tensor, *, coef: float = 0.001) -> Tensor:
-    """The loss falls by coef times the mean entropy over valid tokens. A controller may set batch.entropy_coef instead."""
+    """The loss falls by coef times the mean entropy over valid tokens; batch.entropy_coef goes before coef."""
     return entropy

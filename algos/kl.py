@@ -87,7 +87,7 @@ def in_loss(
     """Per-token KL [B, T]; the loss adds coef times its aggregate.
 
     direction: reverse takes x = l - anchor; forward takes x = anchor - l, for tokens sampled by the anchor.
-    hinge: the coefficient becomes max(0, coef (KL - hinge)) of the minibatch's KL (late), the gradient of a squared hinge.
+    hinge: the coefficient is max(0, coef (KL - hinge)), KL of the minibatch (late): the gradient of a squared hinge.
     mode: aggregation of the KL; none is that of the policy term.
     """
     x = logprobs - kl_anchor_logprobs

@@ -164,16 +164,16 @@ def _with_channels(method: Method, batch: Batch, **current: Tensor) -> Batch:
 
 def _shaped(method: Method, batch: Batch, rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Rewards [B] and token rewards [B, T] after shaping; without any, the outcome sits on the last valid token."""
-    token_rewards = batch.token_rewards
-    for part in method.shaping:
-        shaped = part(batch, rewards=rewards)
-        if shaped.dim() == 2:
-            token_rewards = shaped
-        else:
-            rewards = shaped
-    if token_rewards is None and "token_rewards" in method.advantage.inputs:
+    outcome = [part for part in method.shaping if "token_rewards" not in part.inputs]
+    for part in outcome:
+        rewards = part(batch, rewards=rewards)
+    if batch.token_rewards is None:
         token_rewards = outcome_at_end(rewards, batch.mask)
-    return rewards, token_rewards  # type: ignore[return-value]
+    else:
+        token_rewards = batch.token_rewards.double()
+    for part in method.shaping[len(outcome) :]:
+        token_rewards = part(batch, token_rewards=token_rewards)
+    return rewards, token_rewards
 
 
 def _whitened(method: Method, result: Tensor, raw: Tensor, scored: Tensor, member: Tensor) -> Tensor:

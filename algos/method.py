@@ -8,7 +8,7 @@ marked `many` take a list. A piece with a single part may leave out its name (`k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -38,6 +38,17 @@ class Piece:
     about: str
     many: bool = False
     default: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published method (or a modifier) and where it comes from."""
+
+    about: str
+    spec: Mapping[str, Any]
+    source: str
+    confidence: str
+    deviations: str = ""  # where we differ from the publication, and why
 
 
 PIECES = {
@@ -106,7 +117,7 @@ class Method:
     def needs(self) -> frozenset[str]:
         """What the learner and the actors must supply.
 
-        old: batch.old_logprobs, the policy before this step. early_old: it is read by `advantages`; without early_old, a
+        old: batch.old_logprobs, the policy before this step. early_old: `advantages` reads it; without early_old, a
         step that is a single update may leave old_logprobs None (it equals the current one).
         rollout, ref, values: the fields of that name. entropy: batch.entropy, read by `advantages`. entropy_grad: the
         argument `entropy` of `loss`. critic: the argument `values` of `loss`. late: call `late` instead of `normalise`.
@@ -207,7 +218,7 @@ def merge(base: Spec, changes: Spec) -> Spec:
 
 
 def build(name: str, spec: Spec, where: str, context: Mapping[str, float], modifiers: Sequence[str] = ()) -> Method:
-    """The method of a parsed spec; raises UserError for unknown options and for combinations that make no sense."""
+    """The method of a parsed spec; raises UserError for unknown options. `checks` looks at combinations."""
     fields: dict[str, Any] = {}
     for key, piece in PIECES.items():
         choices = spec.get(key, [(piece.default, {})] if piece.default else [])
@@ -216,11 +227,7 @@ def build(name: str, spec: Spec, where: str, context: Mapping[str, float], modif
         if piece.default and not parts:
             raise UserError(f"{where}.{key}: cannot be none; {nearest(piece.default, piece.registry)}")
     fields |= {key: spec.get(key, allowed[0]) for key, allowed in SETTINGS.items()}
-    method = Method(name=name, **fields, modifiers=tuple(modifiers))
-    for check in CHECKS:
-        if reason := check(method):
-            raise UserError(f"{where}: {reason}")
-    return method
+    return Method(name=name, **fields, modifiers=tuple(modifiers))
 
 
 def _choices(piece: Piece, value: Any, where: str) -> list[Choice]:
@@ -258,90 +265,3 @@ def _bind(piece: Piece, choice: Choice, where: str, context: Mapping[str, float]
     defaults = {option: p.default for option, p in options_of(function).items() if p.default is not p.empty}
     symbols = {o: v for o, v in (defaults | chosen).items() if isinstance(v, str) and v in context}
     return Part(name, function, chosen | {option: context[symbol] for option, symbol in symbols.items()})
-
-
-# Combinations that make no sense: each check gives the reason and the way out, or None.
-
-Check = Callable[[Method], str | None]
-
-
-def _dual_above_clip(m: Method) -> str | None:
-    dual, high = m.surrogate.option("dual"), m.surrogate.option("high")
-    if dual is not None and high is not None and dual <= 1 + high:
-        return f"surrogate dual {dual:g} must exceed 1 + high = {1 + high:g}, or it would cut into the clip range"
-    return None
-
-
-def _kl_once(m: Method) -> str | None:
-    if m.kl and any("ref_logprobs" in part.inputs for part in m.shaping):
-        return "KL is in the reward (shaping) and in the loss (kl), which counts it twice; set one of them to none"
-    return None
-
-
-def _token_rewards_are_read(m: Method) -> str | None:
-    names = [part.name for part in m.shaping]
-    if "kl_token" in names and "token_rewards" not in m.advantage.inputs:
-        return (
-            f"shaping kl_token makes token rewards, which advantage {m.advantage.name} does not read; use kl_sequence"
-        )
-    if "kl_token" in names[:-1]:
-        return "shaping kl_token must come last: it turns rewards into token rewards"
-    return None
-
-
-def _components_are_plain(m: Method) -> str | None:
-    apart = m.combine is not None and m.combine.option("reduce") is not None
-    if apart and (m.shaping or "rewards" not in m.advantage.inputs or "token_rewards" in m.advantage.inputs):
-        return "combine normalise_then_sum takes one outcome advantage per component: no shaping, no token rewards"
-    return None
-
-
-def _binary_rewards_stay_binary(m: Method) -> str | None:
-    if "pass_rate" in m.surrogate.inputs and (m.advantage.function is not advantages["nft"] or m.shaping):
-        return f"surrogate {m.surrogate.name} needs rewards of 0 and 1: advantage nft, and no shaping"
-    return None
-
-
-def _bypass_has_no_weight(m: Method) -> str | None:
-    if m.reads_ratio and m.ratio.option("anchor") == "rollout" and m.correction:
-        return "the ratio to the rollout policy already is the correction; set correction to none, or the anchor to old"
-    return None
-
-
-def _late_old_is_not_early(m: Method) -> str | None:
-    if m.proximal and any("old_logprobs" in part.inputs for part in (*m.shaping, m.advantage)):
-        return "proximal replaces the old policy's forward pass, but shaping or the advantage reads it before the loss"
-    return None
-
-
-def _known_kl_mode(m: Method) -> str | None:
-    mode = m.kl.option("mode") if m.kl else None
-    plain = [n for n, f in aggregations.items() if all(p.default is not p.empty for p in options_of(f).values())]
-    return None if mode is None or mode in plain else f"kl mode '{mode}': {nearest(str(mode), plain)}"
-
-
-def _rows_whiten_rows(m: Method) -> str | None:
-    per_token = {"token_rewards", "given_advantages"} & set(m.advantage.inputs)
-    if m.whiten and "per_row" in m.whiten.inputs and per_token:
-        return f"whiten {m.whiten.name} needs one advantage per row, {m.advantage.name} gives one per token; use token"
-    return None
-
-
-def _late_advantages_stay_raw(m: Method) -> str | None:
-    if m.late_advantage and (m.whiten or m.combine or m.value):
-        return f"advantage {m.advantage.name} is computed late: whiten, combine and value do not apply"
-    return None
-
-
-CHECKS: tuple[Check, ...] = (
-    _dual_above_clip,
-    _kl_once,
-    _token_rewards_are_read,
-    _components_are_plain,
-    _binary_rewards_stay_binary,
-    _bypass_has_no_weight,
-    _late_old_is_not_early,
-    _known_kl_mode,
-    _rows_whiten_rows,
-    _late_advantages_stay_raw,
-)

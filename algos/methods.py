@@ -4,31 +4,21 @@
     resolve({"row": "dapo", "surrogate": {"ppo_clip": {"high": 0.3}}, "modifiers": ["tis"]})
     resolve({"advantage": "group", "surrogate": "cispo"})            # parts alone
 
-Confidence of a row: A read from the authors' code, B from a widely used public trainer, C from papers and third parties,
+Confidence of a row: A read from the authors' code, B from a widely used public trainer, C from papers and others,
 num: numbers compared with that code. Pieces that a row leaves out have the defaults of `method.PIECES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from algos.method import PIECES, SETTINGS, Method, Spec, build, merge, parse
+from algos.checks import check
+from algos.method import PIECES, SETTINGS, Method, Row, build, merge, parse
+from algos.modifiers import MODIFIERS, modified
 from core.errors import UserError, nearest
 
 __all__ = ["MODIFIERS", "ROWS", "Method", "Row", "methods", "resolve"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A published method (or a modifier) and where it comes from."""
-
-    about: str
-    spec: Mapping[str, Any]
-    source: str
-    confidence: str
-    deviations: str = ""  # where we differ from the publication, and why
 
 
 MEAN = {"group": {"scale": "none"}}  # R - mean of the group
@@ -396,69 +386,6 @@ ROWS["disco"] = Row(
     ROWS["drpo"].deviations,
 )
 
-MODIFIERS: dict[str, Row] = {
-    "tis": Row(
-        "Truncated importance weights for the mismatch of rollout and learner.",
-        {"correction": {"truncate": {"level": "token", "high": 2.0}}},
-        "verl, TRL",
-        "B num",
-    ),
-    "sequence_tis": Row(
-        "The same with one weight per completion.",
-        {"correction": {"truncate": {"level": "sequence", "high": 2.0}}},
-        "verl, TRL",
-        "B num",
-    ),
-    "mis": Row(
-        "Completions with too large a weight are masked.",
-        {"correction": {"mask": {"level": "sequence", "high": 3.0}}},
-        "TRL, sequence_mask",
-        "B num",
-    ),
-    "icepop": Row(
-        "Token weights outside a band are masked.",
-        {"correction": {"mask": {"level": "token", "low": 0.5, "high": 5.0}}},
-        "Ring-1T, arXiv 2510.18855",
-        "C for the bounds",
-    ),
-    "geometric_rejection": Row(
-        "Completions with a mean log-ratio outside a narrow band are left out.",
-        {"reject": [{"k1": {"level": "seq_mean", "low": 0.999, "high": 1.001}}]},
-        "verl",
-        "B num",
-    ),
-    "m2po": Row(
-        "Tokens with the largest squared log-ratio are left out until the second moment is small.",
-        {"reject": [{"m2": {"threshold": 0.04}}]},
-        "M2PO, arXiv 2510.01161",
-        "B num",
-    ),
-    "top_entropy": Row(
-        "Only the tokens of highest entropy are trained.",
-        {"token_weight": [{"top_entropy": {"fraction": 0.2}}]},
-        "Beyond the 80/20 Rule, arXiv 2506.01939",
-        "B num",
-    ),
-    "opsm": Row(
-        "No push-down on wrong completions that the policy would no longer produce.",
-        {"token_weight": [{"opsm": {"delta": 0.5}}]},
-        "DeepSeek-V3.2, arXiv 2512.02556",
-        "B num",
-    ),
-    "loglinear": Row(
-        "An interpolation stands in for the old policy's forward pass.",
-        {"proximal": "loglinear"},
-        "A-3PO; AReaL",
-        "B num",
-    ),
-    "drop_truncated": Row(
-        "Truncated completions lose their tokens, not their place in the group (overlong filtering).",
-        {"drop_truncated": True},
-        "DAPO, arXiv 2503.14476",
-        "A num",
-    ),
-}
-
 
 def resolve(spec: str | Mapping[str, Any], where: str = "method", context: Mapping[str, float] | None = None) -> Method:
     """The method of a spec: a row's name, {row: NAME, piece: choice, modifiers: [...]}, or pieces alone.
@@ -477,25 +404,9 @@ def resolve(spec: str | Mapping[str, Any], where: str = "method", context: Mappi
     names = []
     for item in [wanted] if isinstance(wanted, (str, Mapping)) else wanted:
         name, options = (item, {}) if isinstance(item, str) else next(iter(item.items()))
-        pieces = _modified(pieces, name, options or {}, f"{where}.modifiers")
+        pieces = modified(pieces, name, options or {}, f"{where}.modifiers")
         names.append(name)
-    return build(row or "custom", pieces, where, context or {}, names)
-
-
-def _modified(pieces: Spec, name: str, options: Mapping[str, Any], where: str) -> Spec:
-    """`pieces` with a modifier on top; its options change those of the modifier's part."""
-    if name not in MODIFIERS:
-        raise UserError(f"{where}: there is no modifier '{name}'; {nearest(name, MODIFIERS)}")
-    (key, value), *_ = MODIFIERS[name].spec.items()
-    if key in SETTINGS:
-        return {**pieces, key: value}
-    ((part, defaults),) = parse({key: value}, where)[key]
-    choice = (part, {**defaults, **options})
-    if PIECES[key].many:
-        return {**pieces, key: [*pieces.get(key, []), choice]}
-    if pieces.get(key):
-        raise UserError(f"{where}.{name}: {key} is already {pieces[key][0][0]}; a method has one {key}")
-    return {**pieces, key: [choice]}
+    return check(build(row or "custom", pieces, where, context or {}, names), where)
 
 
 methods: dict[str, Method] = {name: resolve(name) for name in ROWS}

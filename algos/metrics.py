@@ -1,4 +1,4 @@
-"""What the objective reports about itself. Every number is a (sum, count) pair, so parts add up; metric = sum / count."""
+"""What the objective reports about itself: (sum, count) pairs, which add up over parts; the metric is sum / count."""
 
 from __future__ import annotations
 

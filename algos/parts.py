@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from algos.batch import Batch
 
-
 Length = float | Literal["max_tokens"]
 """A number of tokens; "max_tokens" is the longest completion of the run, filled in by `methods.resolve`."""
 

@@ -1,4 +1,6 @@
-"""Changes of the reward before the advantage. A function returns rewards [B], or token rewards [B, T] (kl_token)."""
+"""Changes of the reward before the advantage. A function that reads token rewards returns token rewards [B, T];
+the others return rewards [B].
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,6 @@ from typing import Literal
 from torch import Tensor
 
 from algos.batch import select
-from algos.critic import outcome_at_end
 from algos.kl import estimators
 from algos.parts import Length, tokens
 from core.registry import Registry
@@ -19,7 +20,7 @@ Estimator = Literal["k1", "k2", "k3", "abs"]
 
 def overlong_penalty(lengths: Tensor, *, max_length: float, cache: float, factor: float) -> Tensor:
     """0 up to soft = max_length - cache tokens, then falling linearly to -factor at max_length, -factor beyond."""
-    return -factor * ((lengths - (max_length - cache)) / cache).clamp(0, 1).double()
+    return -factor * ((lengths.double() - (max_length - cache)) / cache).clamp(0, 1)
 
 
 @shapings
@@ -66,7 +67,7 @@ def kl_sequence(
 
 @shapings
 def kl_token(
-    rewards: Tensor,
+    token_rewards: Tensor,
     old_logprobs: Tensor,
     ref_logprobs: Tensor,
     mask: Tensor,
@@ -74,9 +75,8 @@ def kl_token(
     coef: float = 0.01,
     estimator: Estimator = "k1",
 ) -> Tensor:
-    """Token rewards: -coef KL_t on every valid token, plus R on the last one. Source: PPO for language models."""
-    penalty = -coef * _token_kl(old_logprobs, ref_logprobs, mask, estimator)
-    return select(mask, penalty + outcome_at_end(rewards, mask))
+    """Token rewards minus coef KL_t on every valid token; the outcome sits on the last one. Source: PPO, REINFORCE++."""
+    return select(mask, token_rewards - coef * _token_kl(old_logprobs, ref_logprobs, mask, estimator))
 
 
 def _token_kl(old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: str) -> Tensor:

@@ -83,7 +83,7 @@ def sapo(ratio: Tensor, advantages: Tensor, *, tau_pos: float = 1.0, tau_neg: fl
     W = 4 p (1 - p) rho with p = sigmoid(tau (rho - 1)): 1 at rho = 1, fading on both sides; a larger tau is tighter.
     Source: "Soft Adaptive Policy Optimization", arXiv 2511.20347.
     """
-    tau = torch.where(advantages > 0, tau_pos, tau_neg).to(ratio.dtype)
+    tau = _choose(advantages > 0, tau_pos, tau_neg, ratio)
     return -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * advantages
 
 
@@ -203,8 +203,8 @@ def vespo(
     if mismatch.shape[1] == mask.shape[1]:  # one weight per token; else one per row, which counts once
         mismatch = mismatch.mul(mask).sum(1, keepdim=True)
     x = (delta.detach().clamp(-20, 20).sum(1, keepdim=True) + mismatch).clamp(floor, 20)
-    k = torch.where(advantages >= 0, k_pos, k_neg).to(x.dtype)
-    lam = torch.where(advantages >= 0, lambda_pos, lambda_neg).to(x.dtype)
+    k = _choose(advantages >= 0, k_pos, k_neg, x)
+    lam = _choose(advantages >= 0, lambda_pos, lambda_neg, x)
     weight = torch.nan_to_num((lam + k * x - lam * x.exp()).exp(), nan=0.0, posinf=0.0)
     return -weight * advantages * logprobs
 
@@ -290,6 +290,11 @@ def sign_split(logprobs: Tensor, advantages: Tensor) -> Tensor:
     W = 1. Source: OREAL, arXiv 2502.06781.
     """
     return torch.where(advantages > 0, -advantages * logprobs, -advantages * (logprobs - logprobs.detach()).exp())
+
+
+def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """One of two numbers per cell, in the precision of `like` (two bare numbers would be float32)."""
+    return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
 
 
 def _less(x: Tensor, bound: float | None) -> Tensor:

@@ -1,0 +1,103 @@
+"""Combinations of parts that make no sense. Each check gives the reason and the way out, or None."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from algos.advantages import advantages
+from algos.aggregation import aggregations
+from algos.method import Method
+from core.errors import UserError, nearest
+from core.registry import options_of
+
+Check = Callable[[Method], str | None]
+
+
+def check(method: Method, where: str) -> Method:
+    """The method itself; raises UserError with the reason if it makes no sense."""
+    for test in CHECKS:
+        if reason := test(method):
+            raise UserError(f"{where}: {reason}")
+    return method
+
+
+def _dual_above_clip(m: Method) -> str | None:
+    dual, high = m.surrogate.option("dual"), m.surrogate.option("high")
+    if dual is not None and high is not None and dual <= 1 + high:
+        return f"surrogate dual {dual:g} must exceed 1 + high = {1 + high:g}, or it would cut into the clip range"
+    return None
+
+
+def _kl_once(m: Method) -> str | None:
+    if m.kl and any("ref_logprobs" in part.inputs for part in m.shaping):
+        return "KL is in the reward (shaping) and in the loss (kl), which counts it twice; set one of them to none"
+    return None
+
+
+def _token_rewards_are_read(m: Method) -> str | None:
+    per_token = ["token_rewards" in part.inputs for part in m.shaping]
+    if any(per_token) and "token_rewards" not in m.advantage.inputs:
+        return (
+            f"shaping kl_token makes token rewards, which advantage {m.advantage.name} does not read; use kl_sequence"
+        )
+    if sorted(per_token) != per_token:
+        return "shaping of token rewards (kl_token) must come after shaping of rewards"
+    return None
+
+
+def _components_are_plain(m: Method) -> str | None:
+    apart = m.combine is not None and m.combine.option("reduce") is not None
+    if apart and (m.shaping or "rewards" not in m.advantage.inputs or "token_rewards" in m.advantage.inputs):
+        return "combine normalise_then_sum takes one outcome advantage per component: no shaping, no token rewards"
+    return None
+
+
+def _binary_rewards_stay_binary(m: Method) -> str | None:
+    if "pass_rate" in m.surrogate.inputs and (m.advantage.function is not advantages["nft"] or m.shaping):
+        return f"surrogate {m.surrogate.name} needs rewards of 0 and 1: advantage nft, and no shaping"
+    return None
+
+
+def _bypass_has_no_weight(m: Method) -> str | None:
+    if m.reads_ratio and m.ratio.option("anchor") == "rollout" and m.correction:
+        return "the ratio to the rollout policy already is the correction; set correction to none, or the anchor to old"
+    return None
+
+
+def _late_old_is_not_early(m: Method) -> str | None:
+    if m.proximal and any("old_logprobs" in part.inputs for part in (*m.shaping, m.advantage)):
+        return "proximal replaces the old policy's forward pass, but shaping or the advantage reads it before the loss"
+    return None
+
+
+def _known_kl_mode(m: Method) -> str | None:
+    mode = m.kl.option("mode") if m.kl else None
+    plain = [n for n, f in aggregations.items() if all(p.default is not p.empty for p in options_of(f).values())]
+    return None if mode is None or mode in plain else f"kl mode '{mode}': {nearest(str(mode), plain)}"
+
+
+def _rows_whiten_rows(m: Method) -> str | None:
+    per_token = {"token_rewards", "given_advantages"} & set(m.advantage.inputs)
+    if m.whiten and "per_row" in m.whiten.inputs and per_token:
+        return f"whiten {m.whiten.name} needs one advantage per row, {m.advantage.name} gives one per token; use token"
+    return None
+
+
+def _late_advantages_stay_raw(m: Method) -> str | None:
+    if m.late_advantage and (m.whiten or m.combine or m.value):
+        return f"advantage {m.advantage.name} is computed late: whiten, combine and value do not apply"
+    return None
+
+
+CHECKS: tuple[Check, ...] = (
+    _dual_above_clip,
+    _kl_once,
+    _token_rewards_are_read,
+    _components_are_plain,
+    _binary_rewards_stay_binary,
+    _bypass_has_no_weight,
+    _late_old_is_not_early,
+    _known_kl_mode,
+    _rows_whiten_rows,
+    _late_advantages_stay_raw,
+)
