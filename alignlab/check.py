@@ -35,7 +35,7 @@ def _sample_answer(prompt: Prompt) -> str:
 async def _scores(plan: Plan, prompt: Prompt, text: str) -> list[str]:
     from rewards.composer import Composer
 
-    composer = Composer(plan.config.rewards, "rewards.components")
+    composer = Composer(plan.config.rewards)
     try:
         completion = Completion(tuple(range(len(text.split()))), (), (), text, "stop")
         group = await composer.score(Group("check", prompt, (completion,)))

@@ -117,7 +117,7 @@ class Evaluator:
         if not self._jobs:
             return {}
         metrics: dict[str, float] = {}
-        started, grader = time.monotonic(), Composer(GRADER, "eval")
+        started, grader = time.monotonic(), Composer(GRADER)
         try:
             for each in self._jobs:
                 about = {"model": self._model, "version": version}
@@ -151,11 +151,10 @@ def evaluate_model(arguments: argparse.Namespace) -> int:
 
 
 async def _evaluate_all(config: RunConfig, jobs: Sequence[Job], tokenizer: Any, folder: Path) -> None:
+    from actors.pool import ActorPool
     from rewards.composer import Composer
 
-    from actors.pool import ActorPool
-
-    pool, grader = ActorPool(config, folder / "logs"), Composer(GRADER, "eval")
+    pool, grader = ActorPool(config, folder / "logs"), Composer(GRADER)
     try:
         await pool.start()
         for each in jobs:

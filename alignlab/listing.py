@@ -11,17 +11,17 @@ def listing(what: str) -> str:
 
 
 def _methods() -> list[tuple[str, ...]]:
-    from algos.methods import methods
+    from algos.methods import ROWS
 
-    return [("method", "row", ""), *((name, method.describe(), "") for name, method in methods.items())]
+    return [("method", "source", "meaning"), *((name, row.source, row.about) for name, row in ROWS.items())]
 
 
 def _parts() -> list[tuple[str, ...]]:
-    from algos.methods import pieces
+    from algos.method import PIECES
 
-    rows: list[tuple[str, ...]] = [("part", "options", "meaning")]
-    for piece, registry in pieces.items():
-        rows += [(f"{piece}: {name}", options, about) for name, options, about in registry.describe()]
+    rows: list[tuple[str, ...]] = [("piece: part", "options", "meaning")]
+    for piece, choice in PIECES.items():
+        rows += [(f"{piece}: {name}", options, about) for name, options, about in choice.registry.describe()]
     return rows
 
 

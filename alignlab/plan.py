@@ -42,7 +42,15 @@ class Plan:
 
     def drop(self, group: Group) -> str | None:
         """Why the method wants this scored group replaced by the next prompt; none keeps it."""
-        return None
+        if self.method.filter is None:
+            return None
+        import torch
+
+        from algos.batch import Batch
+
+        totals = torch.tensor(group.totals, dtype=torch.float64)
+        batch = Batch(mask=torch.ones(len(totals), 1).bool(), group=torch.zeros(len(totals)).long(), rewards=totals)
+        return None if self.method.filter(batch, rewards=totals).any() else f"filter {self.method.filter.name}"
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -106,7 +114,7 @@ def _check_rewards(plan: Plan) -> None:
             "rewards.components: a run needs at least one, for instance rewards.components.math_answer={weight: 1.0}; "
             "`alignlab ls rewards` lists them"
         )
-    check_components(config.rewards, "rewards.components")
+    check_components(config.rewards)
 
 
 def describe(plan: Plan) -> str:
@@ -117,7 +125,7 @@ def describe(plan: Plan) -> str:
     lines = [
         f"run       {c.name} in {Path(c.output_dir) / c.name}, {c.steps} steps, seed {c.seed}",
         f"policy    {c.model.path} ({c.model.dtype})",
-        f"method    {plan.method.describe()}",
+        f"method    {plan.method.name}: {', '.join(f'{k} {v}' for k, v in plan.method.pieces().items())}",
         f"step      {r.prompts} prompts x {plan.group_size} completions = {rows} completions, at most "
         f"{rows * r.max_tokens} completion tokens; {updates} update{'s' * (updates > 1)} of "
         f"{r.prompts // c.learner.minibatches * plan.group_size} completions",

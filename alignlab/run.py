@@ -169,6 +169,8 @@ class Run:
         version, times = step + 1, {"time/wait_groups": time.monotonic() - self._step_ended}
         metrics = group_metrics(groups, version=step)
         if not self.plan.demonstrations:
+            groups = self.composer.weigh(groups)
+            self.composer.check(groups)
             metrics |= self.composer.metrics(groups)
         with _timed(times, "time/train"):
             result = await self.learner.step(groups, version=step)

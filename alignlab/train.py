@@ -13,7 +13,6 @@ from alignlab.cluster import cluster
 from alignlab.coordinator import Coordinator
 from alignlab.demonstrations import Demonstrations
 from alignlab.evaluate import Evaluator
-from alignlab.handoff import hand_off
 from alignlab.metrics import MetricsWriter
 from alignlab.plan import Plan, load_tokenizer, make_plan
 from alignlab.prompts import PromptStream
@@ -46,18 +45,18 @@ async def _train(
     checkpoint: Checkpoint | None,
 ) -> int:
     """Start the parts, run the loop, end the parts. Returns the number of steps done."""
-    from rewards.composer import Composer
-
     from actors.pool import ActorPool
+    from alignlab.handoff import Handoff
     from learner.pool import LearnerPool
+    from rewards.composer import Composer
 
     config = plan.config
     first = checkpoint.step if checkpoint else 0
     run_dir.forget_after(first)
     async with AsyncExitStack() as stack:
-        learner = await LearnerPool.start(config, run_dir.path / "skipped")
+        learner = await LearnerPool.start(config, run_dir.path)
         stack.push_async_callback(learner.close)
-        composer = Composer(config.rewards, "rewards.components")
+        composer = Composer(config.rewards)
         stack.push_async_callback(composer.close)
         if plan.demonstrations:
             actors: Any = Demonstrations(config, tokenizer)
@@ -78,8 +77,7 @@ async def _train(
         writer = MetricsWriter(run_dir.path, first_step=first)
         stack.callback(writer.close)
 
-        async def publish(version: int) -> dict[str, float]:
-            return {} if plan.demonstrations else await hand_off(learner, actors, config, version)
+        publish = _nothing if plan.demonstrations else Handoff(learner, actors)
 
         async def evaluate(version: int) -> dict[str, float]:
             return await evaluator.run(actors, run_dir.path / "evals" / f"step-{version:06d}", version)
@@ -93,6 +91,10 @@ async def _train(
         if coordinator.version >= config.steps:
             writer.write(coordinator.version, await evaluate(coordinator.version))
         return coordinator.version
+
+
+async def _nothing(version: int) -> None:
+    """Where no actor samples, nobody waits for new weights."""
 
 
 class _ctrl_c:
