@@ -103,7 +103,7 @@ def _component(name: str, entry: Mapping[str, Any], where: str) -> Component:
     fn = options.pop("fn", name)
     if not isinstance(fn, str):
         raise UserError(f"{where}.fn: {fn!r} is not a name; give a reward of `alignlab ls rewards` or file.py:function")
-    reward = bind(fn, options, where)
+    reward = bind(fn, options, where, beside=("weight", "fn"))
     if ":" in fn:
         file, _, function = fn.rpartition(":")
         fn = f"{Path(file).expanduser().resolve()}:{function}"  # scoring processes need not share our directory

@@ -139,11 +139,11 @@ class Reward:
         return asyncio.run(_await(result)) if inspect.isawaitable(result) else result
 
 
-def bind(fn: str, options: Mapping[str, Any], where: str) -> Reward:
+def bind(fn: str, options: Mapping[str, Any], where: str, beside: tuple[str, ...] = ()) -> Reward:
     """The reward called `fn` (a registered name, or `file.py:function`) with `options` checked and filled in.
 
-    Raises UserError, naming `where`, for an unknown name, a missing file or function, a signature that is neither of
-    the two, an unknown, ill-typed or missing option.
+    `beside`: names that the config keeps for itself. Raises UserError, naming `where`, for an unknown
+    name, a missing file or function, a signature that is neither of the two, an unknown, ill-typed or missing option.
     """
     users = ":" in fn
     function = load_function(fn, where) if users else rewards.find(fn, where)
@@ -151,6 +151,7 @@ def bind(fn: str, options: Mapping[str, Any], where: str) -> Reward:
     parameters = inspect.signature(function).parameters.values()
     inputs = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     own_options = tuple(options_of(function))
+    _check_names(fn, options, own_options, [p.name for p in inputs], where, beside)
     return Reward(
         function=functools.partial(function, **check_options(function, options, where)),
         batch=batch,
@@ -161,6 +162,23 @@ def bind(fn: str, options: Mapping[str, Any], where: str) -> Reward:
         hidden=tuple(name for name in own_options if users and name not in options and name not in _TRL_EXTRAS),
         prepare=getattr(function, "prepare", None),
     )
+
+
+def _check_names(
+    fn: str, given: Mapping[str, Any], known: Sequence[str], inputs: Sequence[str], where: str, beside: Sequence[str]
+) -> None:
+    """Raise UserError for an option that does not exist, or that the config could never set."""
+    for name in beside:
+        if name in known:
+            raise UserError(
+                f"{where}: '{fn}' has an option '{name}', a word the config needs itself; rename the option"
+            )
+    for name in given:
+        if name in inputs:
+            raise UserError(f"{where}.{name}: '{name}' of '{fn}' is an input; put it after a * to make it an option")
+        if name not in known:
+            allowed = nearest(name, (*beside, *known)) if beside or known else "it takes no options"
+            raise UserError(f"{where}.{name}: unknown option of '{fn}'; {allowed}")
 
 
 def load_function(fn: str, where: str) -> Callable[..., Any]:

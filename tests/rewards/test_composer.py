@@ -148,6 +148,7 @@ def test_groups_of_equal_totals_are_counted() -> None:
             {"length": {"traget": 5}},
             "rewards.components.length.traget: unknown option of 'length'; did you mean 'target'",
         ),
+        ({"boxed": {"wieght": 2}}, "rewards.components.boxed.wieght: unknown option of 'boxed'; did you mean 'weight'"),
         ({"length": {"target": "5"}}, "rewards.components.length.target: "),
         ({"length": {"target": 0}}, "rewards.components.length.target: "),
         ({"length": {}}, "rewards.components.length.target: field required"),
@@ -164,6 +165,12 @@ def test_mistakes_in_the_config_are_explained_before_anything_starts(components:
     with pytest.raises(UserError) as error:
         check_components(config(components))
     assert str(error.value).startswith(says)
+
+
+def test_an_option_called_weight_could_never_be_set(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(completion, *, weight=1.0): return weight")
+    with pytest.raises(UserError, match="has an option 'weight'"):
+        check_components(config({"mine": {"fn": f"{tmp_path}/mine.py:f"}}))
 
 
 def test_a_checkpoint_fits_the_same_components_only() -> None:
