@@ -180,6 +180,9 @@ class _Worker:
     def steps_done(self) -> int:
         return self.learner.steps_done
 
+    def pid(self) -> int:
+        return os.getpid()
+
 
 async def _result(ref: Any) -> Any:
     return await ref
