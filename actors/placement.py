@@ -146,7 +146,7 @@ class RayHost:
             self._group = None
         here = [stats.pid for stats in last if stats.host == socket.gethostname()]
         for _ in range(200):  # 10 s
-            here = [pid for pid in here if _alive(pid)]
+            here = [pid for pid in here if alive(pid)]
             if not here:
                 return
             await asyncio.sleep(0.05)
@@ -186,8 +186,8 @@ async def _awaited(reference: Any) -> Any:
     return await reference
 
 
-def _alive(pid: int) -> bool:
-    """A zombie, which waits only for its parent to notice, does not count."""
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie, which waits only for its parent to notice, does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

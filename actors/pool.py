@@ -69,7 +69,7 @@ class ActorPool:
         self._weights: Any = None  # what was published last, for late joiners
         self.supply: Callable[[], Awaitable[Any]] | None = None  # a Snapshot for late joiners; needed with nccl only
         self.connected = False  # all actors are members of the learner's NCCL group
-        self._locks = {name: asyncio.Lock() for name in self.names}  # one replacement at a time
+        self._renewals: dict[str, asyncio.Task[None]] = {}  # replacements on their way
         self._polls = {name: asyncio.Lock() for name in self.names}  # one poll at a time
         self._sequence = dict.fromkeys(self.names, 0)
         self._mail: dict[str, list[Group | Failure]] = {name: [] for name in self.names}  # polled for somebody else
@@ -103,6 +103,9 @@ class ActorPool:
         handle = self._host.start(self.names.index(name), name, incarnation, self._spec, self._make, log)
         try:
             stats = await handle.call("ready", seconds, timeout=seconds)
+        except asyncio.CancelledError:
+            handle.kill()
+            raise
         except Exception as error:
             handle.kill()
             reason = f"no sign of life for {seconds:g} s" if isinstance(error, TimeoutError) else str(error)
@@ -119,21 +122,31 @@ class ActorPool:
         return self._seen[name]
 
     async def _renew(self, name: str) -> None:
-        async with self._locks[name]:
-            if name not in self._lost:
-                return
-            self.incarnations[name] += 1
-            self.connected = False
-            await self._launch(name)
-            try:
-                await self._catch_up(name)
-            except Exception:
-                self._handles[name].kill()
-                raise
-            del self._lost[name]
+        """Wait for the one replacement of a lost actor, which goes on even if a caller gives up (a `run` that ends)."""
+        if name not in self._lost:
+            return
+        if name not in self._renewals:
+            self._renewals[name] = asyncio.create_task(self._relaunch(name))
+            self._renewals[name].add_done_callback(lambda _: self._renewals.pop(name))
+        await asyncio.shield(self._renewals[name])
+
+    async def _relaunch(self, name: str) -> None:
+        self.incarnations[name] += 1
+        self.connected = False
+        await self._launch(name)
+        try:
+            await self._catch_up(name)
+        except BaseException:
+            self._handles[name].kill()
+            raise
+        del self._lost[name]
 
     async def close(self) -> None:
         """End all actors and give their places back; no process stays behind. May be called twice."""
+        renewals = list(self._renewals.values())
+        for renewal in renewals:
+            renewal.cancel()
+        await asyncio.gather(*renewals, return_exceptions=True)
         handles, self._handles = self._handles, {}
         for handle in handles.values():
             with suppress(Exception):  # it is killed below in any case
