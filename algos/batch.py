@@ -80,6 +80,13 @@ class Batch:
     token_weight: Tensor | None = None  # [B, T]
     metrics: Metrics = field(default_factory=dict)
 
+    # What companions of parts fill (`algos.statistics`), from a whole minibatch, detached.
+    ratio_shift: Tensor | None = None  # [B, T] subtracted from the log-ratio
+    ratio_scale: Tensor | None = None  # [B, T] then multiplied with it
+    position_weight: Tensor | None = None  # [B, T] of the gradient at a token's position
+    selected: Tensor | None = None  # [B, T] bool, tokens that a surrogate treats apart
+    entropy_weight: Tensor | None = None  # [B, T] of a token's entropy in the entropy term
+
     # What `normalise` fills.
     scale: Tensor | None = None  # [B] weight of one token of a row in the policy loss of the optimiser step
     kl_scale: Tensor | None = None  # [B] the same for the KL term

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from algos.batch import select
 from algos.masked import largest, masked_mean, per_token
-from algos.surrogates import ppo_clip
+from algos.statistics import prepares
+from algos.surrogates import ppo_clip, surrogates
+from algos.token_weights import token_weights
 
 
 def covariance(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -68,13 +70,54 @@ def kl_cov_tokens(cov: Tensor, mask: Tensor, *, fraction: float = 0.002) -> Tens
     return largest(cov, mask, max(1, int(int(mask.sum()) * fraction)))
 
 
-def kl_cov_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, selected: Tensor, *, kl_coef: float = 1.0
+@surrogates
+def kl_cov(
+    ratio: Tensor,
+    delta: Tensor,
+    advantages: Tensor,
+    selected: Tensor,
+    *,
+    fraction: float = 0.002,
+    kl_coef: float = 1.0,
 ) -> Tensor:
-    """KL-Cov's per-token loss -A r + [selected] kl_coef |lp - old|, [B, T]; no PPO clip.
+    """Z = -rho A + [selected] kl_coef |delta|: no clip, a pull to the old policy on the tokens of highest covariance.
 
-    At lp = old the penalty's gradient is 0, so it bites only from the second minibatch on, or off-policy.
-    Tensors [B, T] without masked cells that are not finite (see `algos.batch.select`).
+    At delta = 0 the pull's gradient is 0: it bites only from a step's second update on, or off-policy. `selected` are
+    the `kl_cov_tokens` of the minibatch. The authors use fraction 0.002 for a 7B model and 0.0002 for 32B.
+    Source: KL-Cov, arXiv 2505.22617.
     """
-    log_ratio = logprobs - old_logprobs
-    return -advantages * log_ratio.exp() + selected * kl_coef * log_ratio.abs()
+    return -advantages * ratio + selected * kl_coef * delta.abs()
+
+
+@prepares(kl_cov)
+def selected_by_kl_cov(
+    logprobs: Tensor, advantages: Tensor, mask: Tensor, *, fraction: float = 0.002
+) -> dict[str, Tensor]:
+    """The tokens that KL-Cov pulls."""
+    return {"selected": kl_cov_tokens(covariance(logprobs, advantages, mask), mask, fraction=fraction)}
+
+
+@token_weights
+def clip_cov(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    seed: int,
+    *,
+    fraction: float = 0.0002,
+    cov_low: float = 1.0,
+    cov_high: float = 5.0,
+    low: float = 1.0,
+    high: float = 1.0,
+) -> Tensor:
+    """0 for a few random tokens whose covariance lies between the bounds, and that the PPO clip leaves alone; else 1.
+
+    low and high: those of the surrogate ppo_clip. Source: Clip-Cov, arXiv 2505.22617, with the functions above.
+    """
+    ratio = (select(mask, logprobs) - select(mask, old_logprobs)).detach().exp()
+    clipped = ppo_clipped(ratio, per_token(advantages, mask), mask, low=low, high=high)
+    cov = covariance(logprobs, advantages, mask)
+    candidates = clip_cov_candidates(cov, clipped, mask, cov_low=cov_low, cov_high=cov_high)
+    generator = torch.Generator().manual_seed(seed)
+    return clip_cov_weights(candidates, mask, fraction=fraction, generator=generator)

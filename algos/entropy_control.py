@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from algos.batch import select
+from algos.corrections import rejections
+from algos.entropy import entropy_terms
 from algos.masked import largest, masked_mean, per_token
+from algos.statistics import prepares
 
 
+@rejections
 def entropy_top(entropy: Tensor, mask: Tensor, *, ratio: float = 0.2) -> Tensor:
     """The valid tokens of highest entropy, [B, T] bool: a loss mask (80/20 rule).
 
@@ -84,6 +88,25 @@ def tea_coefficient(
 def tea_loss(entropy: Tensor, coefficient: Tensor, mask: Tensor) -> Tensor:
     """TEA-RL's extra term, minus the token mean of H c, a scalar; `entropy` [B, T] carries gradient."""
     return -masked_mean(select(mask, entropy) * coefficient, mask)
+
+
+@entropy_terms
+def tea_rl(
+    entropy: Tensor, entropy_weight: Tensor, *, coef: float = 1.0, alpha: float = 10.0, coef_max: float = 5.0
+) -> Tensor:
+    """Entropy bonus weighted by `tea_coefficient` of the minibatch, detached; coef is ours.
+
+    Source: TEA-RL (Light-IF), arXiv 2508.03178.
+    """
+    return entropy * entropy_weight.to(entropy.dtype)
+
+
+@prepares(tea_rl)
+def entropy_weight_of_batch(
+    logprobs: Tensor, advantages: Tensor, mask: Tensor, *, alpha: float = 10.0, coef_max: float = 5.0
+) -> dict[str, Tensor]:
+    """TEA-RL's coefficients."""
+    return {"entropy_weight": tea_coefficient(logprobs, advantages, mask, alpha=alpha, coef_max=coef_max)}
 
 
 class EntropyCoefficient:

@@ -9,13 +9,16 @@ token positions: off-policy log-ratios have a negative mean and a spread that gr
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from algos.batch import select
+from algos.ratios import LIMIT, ratios
+from algos.statistics import prepares
 from algos.surrogates import ppo_clip
+from algos.token_weights import token_weights
 
 
 class FlowStep(NamedTuple):
@@ -161,3 +164,58 @@ def guarded_log_ratio(
             raise ValueError("center 'exact_kl' needs the tensor `exact_kl`")
         z = z + select(valid, exact_kl).detach()
     return select(valid, z * guard.of_tokens(guard.scale).to(z.dtype))
+
+
+@ratios
+def grpo_guard(
+    delta: Tensor,
+    mask: Tensor,
+    ratio_shift: Tensor,
+    ratio_scale: Tensor,
+    *,
+    anchor: Literal["old"] = "old",
+    buckets: int = 8,
+    position: Literal["relative", "absolute"] = "relative",
+    bucket_width: int = 512,
+    min_tokens: int = 8,
+    sigma_floor: float = 1e-4,
+    scale_max: float = 10.0,
+    g_floor: float = 1e-3,
+    gradient_reweight: bool = True,
+    delta_min: float = 0.1,
+    delta_max: float = 10.0,
+    center: Literal["bucket", "none"] = "bucket",
+) -> Tensor:
+    """log rho = (delta - m_b) k_b: centred and scaled by the bucket of the token's position (our adaptation).
+
+    The statistics are those of the minibatch, `guard_statistics`. Token weight grpo_guard undoes k_b in the gradient.
+    Source: the idea is GRPO-Guard's, arXiv 2510.22319.
+    """
+    return select(mask, (delta - ratio_shift.to(delta.dtype)) * ratio_scale.to(delta.dtype)).clamp(-LIMIT, LIMIT)
+
+
+@prepares(grpo_guard)
+def guard_of_batch(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    buckets: int = 8,
+    position: Literal["relative", "absolute"] = "relative",
+    bucket_width: int = 512,
+    center: Literal["bucket", "none"] = "bucket",
+    anchor: Literal["old"] = "old",
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Shift, scale and gradient weight of every token, from `guard_statistics`."""
+    bucket = position_buckets(mask, buckets=buckets, position=position, bucket_width=bucket_width)
+    guard = guard_statistics(logprobs, old_logprobs, bucket, buckets=buckets, **options)
+    shift = guard.mean if center == "bucket" else torch.zeros_like(guard.mean)
+    named = {"ratio_shift": shift, "ratio_scale": guard.scale, "position_weight": guard.delta}
+    return {name: guard.of_tokens(values) for name, values in named.items()}
+
+
+@token_weights
+def grpo_guard_weight(position_weight: Tensor) -> Tensor:
+    """delta_b: equal gradient sizes over positions; goes with ratio grpo_guard, which has its options."""
+    return position_weight

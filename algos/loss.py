@@ -167,10 +167,8 @@ def _shaped(method: Method, batch: Batch, rewards: Tensor) -> tuple[Tensor, Tens
     outcome = [part for part in method.shaping if "token_rewards" not in part.inputs]
     for part in outcome:
         rewards = part(batch, rewards=rewards)
-    if batch.token_rewards is None:
-        token_rewards = outcome_at_end(rewards, batch.mask)
-    else:
-        token_rewards = batch.token_rewards.double()
+    given = batch.token_rewards
+    token_rewards = outcome_at_end(rewards, batch.mask) if given is None else given.double()
     for part in method.shaping[len(outcome) :]:
         token_rewards = part(batch, token_rewards=token_rewards)
     return rewards, token_rewards
@@ -202,9 +200,11 @@ def _corrected(method: Method, batch: Batch, numerator: Tensor | None = None) ->
 
 
 def _weighted(method: Method, batch: Batch, **current: Tensor) -> Batch:
-    """The product of the token weights."""
+    """The product of the token weights; before them, what companions of parts know of the whole minibatch."""
     weight = None
     whole = sum(c.advantages * c.weight[:, None] for c in batch.channels)
+    for part in method.statistics:
+        batch = replace(batch, **part(batch, mask=batch.loss_mask, advantages=whole, **current))
     for part in method.token_weight:
         factor = part(batch, mask=batch.loss_mask, advantages=whole, **current)
         weight = factor if weight is None else weight * factor

@@ -22,6 +22,7 @@ from algos.filters import filters
 from algos.kl import penalties
 from algos.parts import Part
 from algos.ratios import ratios
+from algos.statistics import companion
 from algos.surrogates import surrogates
 from algos.token_weights import token_weights
 from core.errors import UserError, nearest
@@ -124,11 +125,11 @@ class Method:
         demonstrations: train on given completions. components: rewards [B, R] instead of totals.
         greedy, answers, token_scores, sum_pi_sq, baselines, bootstrap, versions, given: the fields of that name.
         """
-        names = {_NEEDS[name] for part in self.early_parts for name in part.inputs if name in _NEEDS}
-        if "old" in names or ((self.correction or self.reject) and self.numerator == "old"):
+        judges = tuple(part for part in (self.correction, *self.reject) if part)
+        names = {_NEEDS[name] for part in (*self.early_parts, *judges) for name in part.inputs if name in _NEEDS}
+        compare = any("numerator_logprobs" in part.inputs for part in judges)
+        if "old" in names or (compare and self.numerator == "old"):
             names |= {"old", "early_old"}
-        if self.correction or self.reject:
-            names.add("rollout")
         if self.reads_ratio:
             names.add(self.ratio.option("anchor"))
         if self.kl and self.kl.option("anchor") == "ref":
@@ -147,7 +148,13 @@ class Method:
     def early_parts(self) -> tuple[Part, ...]:
         """Parts that `advantages` or `late` call."""
         single = (self.filter, self.advantage, self.combine, self.whiten, self.proximal)
-        return (*(part for part in single if part), *self.shaping, *self.token_weight)
+        return (*(part for part in single if part), *self.shaping, *self.token_weight, *self.statistics)
+
+    @property
+    def statistics(self) -> tuple[Part, ...]:
+        """Companions of the parts that read numbers of the whole minibatch."""
+        found = (companion(part) for part in (self.ratio, self.surrogate, self.entropy))
+        return tuple(part for part in found if part)
 
     @property
     def reads_ratio(self) -> bool:

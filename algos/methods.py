@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from algos import reweighting
 from algos.checks import check
 from algos.method import PIECES, SETTINGS, Method, Row, build, merge, parse
 from algos.modifiers import MODIFIERS, modified
@@ -385,6 +386,7 @@ ROWS["disco"] = Row(
     "A num (gradients)",
     ROWS["drpo"].deviations,
 )
+ROWS |= reweighting.ROWS
 
 
 def resolve(spec: str | Mapping[str, Any], where: str = "method", context: Mapping[str, float] | None = None) -> Method:

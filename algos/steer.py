@@ -15,6 +15,7 @@ from torch import Tensor
 
 from algos.batch import select
 from algos.masked import per_token
+from algos.token_weights import token_weights
 
 
 def entropy_change(logprobs: Tensor, old_logprobs: Tensor, entropy: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -65,3 +66,25 @@ def steer_weights(
         return select(mask, torch.full_like(change, (w_min + w_max) / 2))
     weight = w_max - (change - smallest) * (w_max - w_min) / (largest - smallest)
     return select(mask, weight.clamp(w_min, w_max))
+
+
+@token_weights
+def steer(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    entropy: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    mode: Literal["exp", "linear"] = "exp",
+    w_min: float = 0.8,
+    w_max: float = 1.2,
+    omega_floor: float = 0.02,
+) -> Tensor:
+    """Damp tokens whose update would change the entropy most: weights in [w_min, 1], or [w_min, w_max] if linear.
+
+    Source: STEER, arXiv 2510.10150; `entropy_change` and `steer_weights` have the formulas. `entropy` is that of the
+    old policy, as the release prefers.
+    """
+    change = entropy_change(logprobs, old_logprobs, entropy, advantages, mask)
+    return steer_weights(change, mask, mode=mode, w_min=w_min, w_max=w_max, omega_floor=omega_floor)

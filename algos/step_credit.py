@@ -9,7 +9,7 @@ from torch import Tensor
 
 from algos.batch import select
 from algos.masked import per_token
-from algos.surrogates import ppo_clip
+from algos.surrogates import ppo_clip, surrogates
 
 
 def step_advantages(q: Tensor) -> Tensor:
@@ -77,3 +77,15 @@ def awm_loss(
     anchor = lp.detach() if old_logprobs is None else select(mask, old_logprobs).detach()
     ratio = torch.exp(lp - anchor)
     return select(mask, ppo_clip(ratio, weight, low=clip, high=clip))
+
+
+@surrogates
+def awm(
+    logprobs: Tensor, advantages: Tensor, *, adv_clip: float = 5.0, adv_max: float = 1.0, floor: float | None = None
+) -> Tensor:
+    """Z = -a exp(l - sg(l)), a = clip(A, -adv_clip, adv_clip) / adv_clip * adv_max: no ratio, no clip, one update.
+
+    Source: Advantage Weighted Matching, arXiv 2509.25050; the language-model form is ours (`awm_weights`, `awm_loss`).
+    """
+    mask = torch.ones_like(logprobs, dtype=torch.bool)
+    return awm_loss(logprobs, awm_weights(advantages, mask, adv_clip=adv_clip, adv_max=adv_max, floor=floor), mask)

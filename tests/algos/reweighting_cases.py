@@ -241,7 +241,7 @@ def kl_cov(case: Case) -> Outputs:
     selected = case.call(covariance.kl_cov_tokens, cov, mask, **COV)
     lp, old = select(mask, case("logp")), select(mask, case("old_logp"))
     advantage = per_token(case("advantage").detach(), mask)
-    loss = masked_mean(case.call(covariance.kl_cov_loss, lp, old, advantage, selected), mask)
+    loss = masked_mean(case.call(covariance.kl_cov, (lp - old).exp(), lp - old, advantage, selected, **COV), mask)
     return case.with_grad(loss, "logp", cov=cov, selected=cells(selected))
 
 
