@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from algos.advantages import advantages
@@ -89,6 +90,13 @@ def _late_advantages_stay_raw(m: Method) -> str | None:
     return None
 
 
+def _one_channel_is_whitened(m: Method) -> str | None:
+    several = "Channel" in str(inspect.signature(m.advantage.function).return_annotation)
+    if several and (m.whiten or m.combine or m.value):
+        return f"advantage {m.advantage.name} gives several channels: whiten, combine and value do not apply"
+    return None
+
+
 CHECKS: tuple[Check, ...] = (
     _dual_above_clip,
     _kl_once,
@@ -100,4 +108,5 @@ CHECKS: tuple[Check, ...] = (
     _known_kl_mode,
     _rows_whiten_rows,
     _late_advantages_stay_raw,
+    _one_channel_is_whitened,
 )

@@ -8,7 +8,6 @@ the policy term and the KL term.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -84,21 +83,16 @@ def _self_normalised(weight: Tensor, mask: Tensor) -> Tensor:
 # Rejection: keep [B, T] bool; several rules of a method must all keep a position.
 
 
-def _reject(
-    statistic: Callable[[Tensor], Tensor], level: RejectLevel, low: float | None, high: float | None
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    def keep(numerator_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Tensor:
-        x = _difference(numerator_logprobs, rollout_logprobs, mask).clamp(-20, 20)
-        value = select(mask, statistic(x))
-        if level == "seq_max":
-            value = torch.where(mask, value, torch.full_like(value, -torch.inf)).amax(1, keepdim=True)
-        elif level != "token":
-            value = value.sum(1, keepdim=True)
-        if level == "seq_mean":
-            value = value / mask.sum(1, keepdim=True).clamp(min=1)
-        return (mask & (clip(value, low, high) == value)).expand(mask.shape)
-
-    return keep
+def _kept(statistic: Tensor, mask: Tensor, level: RejectLevel, low: float | None, high: float | None) -> Tensor:
+    """Valid cells where the statistic [B, T], reduced to its level, is within the bounds."""
+    value = select(mask, statistic)
+    if level == "seq_max":
+        value = torch.where(mask, value, torch.full_like(value, -torch.inf)).amax(1, keepdim=True)
+    elif level != "token":
+        value = value.sum(1, keepdim=True)
+    if level == "seq_mean":
+        value = value / mask.sum(1, keepdim=True).clamp(min=1)
+    return (mask & (clip(value, low, high) == value)).expand(mask.shape)
 
 
 @rejections
@@ -113,7 +107,8 @@ def k1(
 ) -> Tensor:
     """Keep where log(low) <= d <= log(high): the bounds are ratios."""
     lowest, highest = (None if bound is None else math.log(bound) for bound in (low, high))
-    return _reject(lambda x: x, level, lowest, highest)(numerator_logprobs, rollout_logprobs, mask)
+    x = _difference(numerator_logprobs, rollout_logprobs, mask).clamp(-20, 20)
+    return _kept(x, mask, level, lowest, highest)
 
 
 @rejections
@@ -126,7 +121,8 @@ def k2(
     high: float = 0.05,
 ) -> Tensor:
     """Keep where d^2 / 2 <= high."""
-    return _reject(lambda x: x**2 / 2, level, None, high)(numerator_logprobs, rollout_logprobs, mask)
+    x = _difference(numerator_logprobs, rollout_logprobs, mask).clamp(-20, 20)
+    return _kept(x**2 / 2, mask, level, None, high)
 
 
 @rejections
@@ -139,7 +135,8 @@ def k3(
     high: float = 0.01,
 ) -> Tensor:
     """Keep where exp(d) - 1 - d <= high, the estimator of KL(rollout || old)."""
-    return _reject(lambda x: x.exp() - 1 - x, level, None, high)(numerator_logprobs, rollout_logprobs, mask)
+    x = _difference(numerator_logprobs, rollout_logprobs, mask).clamp(-20, 20)
+    return _kept(x.exp() - 1 - x, mask, level, None, high)
 
 
 @rejections
@@ -152,7 +149,8 @@ def abs_(
     high: float = 0.1,
 ) -> Tensor:
     """Keep where |d| <= high."""
-    return _reject(torch.abs, level, None, high)(numerator_logprobs, rollout_logprobs, mask)
+    x = _difference(numerator_logprobs, rollout_logprobs, mask).clamp(-20, 20)
+    return _kept(x.abs(), mask, level, None, high)
 
 
 @rejections

@@ -150,11 +150,12 @@ def _with_channels(method: Method, batch: Batch, **current: Tensor) -> Batch:
         result = method.combine(batch, components=batch.rewards, estimate=estimate)
     else:
         result = estimate(batch.totals)
-    if isinstance(result, list):
-        return replace(batch, channels=tuple(result))
     reads_rewards = {"rewards", "token_rewards"} & set(method.advantage.inputs)
     scored = ~torch.isnan(batch.totals) & alive if reads_rewards else torch.ones_like(alive)
     member = batch.mask & scored[:, None]
+    if isinstance(result, list):
+        channels = [Channel(select(member, c.advantages), select(scored, c.weight)) for c in result]
+        return replace(batch, channels=tuple(channels))
     raw = select(member, _broadcast(result.detach().double(), member))
     if method.value:
         batch = replace(batch, returns=raw + select(member, _filled(batch.values)))

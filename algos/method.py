@@ -3,7 +3,7 @@
     loss = aggregate( token_weight * correction * surrogate(ratio, advantage) ) + kl - entropy bonus
 
 A spec gives a piece by name (`surrogate: cispo`), with options (`surrogate: {cispo: {high: 3}}`), or as `none`. Pieces
-marked `many` take a list. A piece with a single part may leave out its name (`kl: {coef: 0.01}`).
+marked `many` take a list. The name of a piece's plain part may be left out (`kl: {coef: 0.01}`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Piece:
     about: str
     many: bool = False
     default: str | None = None
+    plain: str | None = None  # part whose options may be given without its name
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ PIECES = {
     "ratio": Piece(ratios, "level and anchor of the importance ratio", default="token"),
     "surrogate": Piece(surrogates, "trust-region rule", default="ppo_clip"),
     "token_weight": Piece(token_weights, "factors on the token loss; all multiply", many=True),
-    "kl": Piece(penalties, "KL penalty in the loss"),
+    "kl": Piece(penalties, "KL penalty in the loss", plain="in_loss"),
     "aggregation": Piece(aggregations, "from tokens to a scalar", default="token_mean"),
-    "partition": Piece(partitions, "separate denominators for kinds of rows"),
-    "entropy": Piece(entropy_terms, "entropy bonus"),
-    "value": Piece(critic.value_losses, "loss of the critic"),
+    "partition": Piece(partitions, "separate denominators for kinds of rows", plain="sign"),
+    "entropy": Piece(entropy_terms, "entropy bonus", plain="bonus"),
+    "value": Piece(critic.value_losses, "loss of the critic", plain="squared"),
 }
 
 SETTINGS: dict[str, tuple[Any, ...]] = {  # first value: the default
@@ -248,15 +249,15 @@ def _choices(piece: Piece, value: Any, where: str) -> list[Choice]:
         return [_known(piece, value, {}, where)]
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: expected a name or {{name: options}}, got {value!r}; {nearest('', piece.registry)}")
-    only = next(iter(piece.registry)) if len(piece.registry) == 1 else None
-    if only and set(value) <= set(options_of(piece.registry[only])):
-        return [(only, dict(value))]
+    if piece.plain and set(value) <= set(options_of(piece.registry[piece.plain])):
+        return [(piece.plain, dict(value))]
     if len(value) != 1:
         raise UserError(f"{where}: expected one {{name: options}}, got keys {', '.join(map(str, value))}")
     name, options = next(iter(value.items()))
+    name, _ = _known(piece, name, {}, where)
     if not isinstance(options, (Mapping, type(None))):
         raise UserError(f"{where}.{name}: expected options, got {options!r}")
-    return [_known(piece, name, dict(options or {}), where)]
+    return [(name, dict(options or {}))]
 
 
 def _known(piece: Piece, name: str, options: dict[str, Any], where: str) -> Choice:

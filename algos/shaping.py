@@ -75,7 +75,7 @@ def kl_token(
     coef: float = 0.01,
     estimator: Estimator = "k1",
 ) -> Tensor:
-    """Token rewards minus coef KL_t on every valid token; the outcome sits on the last one. Source: PPO, REINFORCE++."""
+    """Token rewards (the outcome on the last token) minus coef KL_t on every valid one. Source: PPO, REINFORCE++."""
     return select(mask, token_rewards - coef * _token_kl(old_logprobs, ref_logprobs, mask, estimator))
 
 
