@@ -130,9 +130,27 @@ class RewardsConfig(Section):
     """Share of a step's completions that a component may fail to score (timeout, error) before the run stops."""
 
 
+class SpikesConfig(Section):
+    """Guards against gradient spikes; used by the optimizers spam and stable_spam only (learner/spam.py)."""
+
+    interval: Count = 500
+    """Updates between two resets of the moments; 0 never resets."""
+    theta: NonNegative = 5000.0
+    """spam: entries whose square exceeds theta times the second moment are clipped; 0 does not clip."""
+    warmup: Count = 150
+    """spam: updates over which the step grows back after a reset."""
+    grace: Count = 20
+    """spam: updates without clipping at the start and after a reset."""
+    gammas: tuple[Share, Share, Share] = (0.7, 0.9, 0.999)
+    """stable_spam: decay rates of the trackers of norm, squared norm and largest entry."""
+    norm: bool = False
+    """stable_spam: also normalise each tensor's gradient; then a step is as large whatever the advantages are."""
+
+
 class OptimizerConfig(Section):
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw; or muon on the matrices inside the blocks with adamw on all else."""
+    name: Literal["adamw", "muon", "spam", "stable_spam"] = "adamw"
+    """adamw; muon on the matrices inside the blocks with adamw on all else; or Adam with guards against spikes."""
+    spikes: SpikesConfig = SpikesConfig()
     lr: PositiveFloat = 1e-6
     """Peak learning rate of AdamW."""
     muon_lr: PositiveFloat = 0.02

@@ -1,19 +1,22 @@
 """Optimisers and the course of the learning rate.
 
 `adamw`: AdamW on everything. `muon`: Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) on the
-matrices inside the blocks, AdamW on embeddings, head, norms and biases. Weight decay is decoupled and on matrices only.
+matrices inside the blocks, AdamW on embeddings, head, norms and biases. `spam`, `stable_spam`: kin of AdamW with guards
+against gradient spikes, in spam.py. Weight decay is decoupled and on matrices only.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from core.config import OptimizerConfig
+from learner.spam import Spam, StableSpam
 
 
 def schedule(kind: str, step: int, steps: int, warmup: int) -> float:
@@ -41,15 +44,13 @@ class Optimizer:
             {"params": [p for p in by_adamw if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in by_adamw if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, foreach=True
-        )
+        self.adam = _adam(config, [g for g in groups if g["params"]])
         self.muon = Muon(by_muon, lr=config.muon_lr, weight_decay=config.weight_decay) if by_muon else None
         self._make_state()
 
     def step(self, factor: float) -> None:
         """Apply the gradients at `factor` times the peak learning rates."""
-        for optimiser, peak in ((self.adamw, self.config.lr), (self.muon, self.config.muon_lr)):
+        for optimiser, peak in ((self.adam, self.config.lr), (self.muon, self.config.muon_lr)):
             if optimiser is not None:
                 for group in optimiser.param_groups:
                     group["lr"] = peak * factor
@@ -72,22 +73,31 @@ class Optimizer:
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """(name of the parameter / name of the entry, tensor): moments and step counts, the live tensors."""
-        for optimiser in filter(None, (self.adamw, self.muon)):
+        for optimiser in filter(None, (self.adam, self.muon)):
             for p, entries in optimiser.state.items():
                 for key, tensor in entries.items():
                     yield f"{self.names[p]}/{key}", tensor
 
     def _make_state(self) -> None:
         """Make now what torch makes at the first step, so that a checkpoint has a place to be read into."""
-        for group in self.adamw.param_groups:
-            for p in group["params"]:
-                self.adamw.state[p] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
+        plain = self.adam.param_groups if isinstance(self.adam, torch.optim.AdamW) else ()  # the others made theirs
+        for p in (p for group in plain for p in group["params"]):
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.adam.state[p] = {"step": torch.tensor(0.0), **moments}
         for p in self.muon.param_groups[0]["params"] if self.muon else ():
             self.muon.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+
+
+def _adam(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The configured kin of Adam; what `muon` leaves is AdamW's."""
+    common: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    spikes = config.spikes
+    if config.name == "spam":
+        reset = {"interval": spikes.interval, "warmup": spikes.warmup, "grace": spikes.grace}
+        return Spam(groups, **common, **reset, theta=spikes.theta)
+    if config.name == "stable_spam":
+        return StableSpam(groups, **common, interval=spikes.interval, gammas=spikes.gammas, norm=spikes.norm)
+    return torch.optim.AdamW(groups, **common, foreach=True)
 
 
 class Muon(torch.optim.Optimizer):

@@ -28,14 +28,15 @@ def run(learner: Learner) -> dict[str, Any]:
 
 
 def learner(model: Path, name: str, ranks: Ranks | None = None) -> Learner:
-    config = samples.config(model, token_budget=80, optimizer={"name": name})
+    spikes = {"interval": 2, "warmup": 2, "grace": 1, "theta": 1.0, "norm": True}  # all of it acts within three steps
+    config = samples.config(model, token_budget=80, optimizer={"name": name, "spikes": spikes})
     return Learner(config, resolve({"row": "grpo", "kl": {"in_loss": {"coef": 0.1}}}), ranks=ranks)
 
 
 def work(rank: int, model: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = Ranks.join(rank, 2, f"file://{folder}/meet", torch.device("cpu"), timeout=120)
-    for name in ("adamw", "muon"):
+    for name in ("adamw", "muon", "spam", "stable_spam"):
         worker = learner(model, name, ranks)
         torch.save(run(worker), folder / f"{name}-{rank}.pt")
         if name == "adamw":
@@ -72,6 +73,13 @@ def test_two_ranks_train_like_one(two: Path, tiny: Path) -> None:
         for metric in ("policy/loss", "policy/entropy", "policy/kl_ref", "optim/grad_norm", "learner/tokens"):
             assert mine.metrics.get(metric) == pytest.approx(theirs.metrics.get(metric), rel=1e-3, abs=1e-5), metric
     assert [r.metrics for r in first["results"]] == [r.metrics for r in second["results"]]
+
+
+@pytest.mark.parametrize("name", ["spam", "stable_spam"])
+def test_spike_guards_on_shards_move_as_on_whole_tensors(two: Path, tiny: Path, name: str) -> None:
+    alone, shards = run(learner(tiny, name))["tensors"], load(two, name)[0]["tensors"]
+    for key, tensor in alone.items():
+        assert torch.allclose(tensor, shards[key], atol=1e-5, rtol=0), key
 
 
 def test_muon_on_shards_moves_as_on_whole_matrices(two: Path, tiny: Path) -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from core.config import OptimizerConfig
+from learner.optim import Optimizer
 from learner.spam import Spam, StableSpam
 
 OPTIMIZERS: dict[str, Any] = {
@@ -98,3 +100,13 @@ def test_a_scheduler_and_low_precision_parameters_work(name: str) -> None:
         optimizer.step()
         scheduler.step()
     assert p.isfinite().all() and p.abs().max() > 0
+
+
+@pytest.mark.parametrize(("name", "kind"), [("spam", Spam), ("stable_spam", StableSpam)])
+def test_the_config_chooses_them_and_their_state_is_the_checkpoints(name: str, kind: type) -> None:
+    config = OptimizerConfig(name=name, lr=0.01, spikes={"interval": 7, "norm": True})
+    optimizer = Optimizer(config, [("matrix", nn.Parameter(torch.ones(2, 2))), ("bias", zeros())], set())
+    assert isinstance(optimizer.adam, kind) and {g["interval"] for g in optimizer.adam.param_groups} == {7}
+    trackers = ("maximum", "norm", "norm2") if name == "stable_spam" else ()
+    expected = {f"{p}/{entry}" for p in ("matrix", "bias") for entry in ("step", "m", "v", *trackers)}
+    assert {entry for entry, _ in optimizer.state()} == expected
