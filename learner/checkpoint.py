@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,7 +33,8 @@ def save_trainer(folder: Path, hf: PreTrainedModel, optimiser: Optimizer, counte
     if ranks.rank == 0:
         folder.mkdir()
     ranks.wait()
-    dcp.save(_state(hf, optimiser), checkpoint_id=folder, no_dist=ranks.world == 1)
+    with _without_warning(ranks):
+        dcp.save(_state(hf, optimiser), checkpoint_id=folder, no_dist=ranks.world == 1)
     if ranks.rank == 0:
         (folder / "learner.json").write_text(json.dumps(counters))
         flush(folder)
@@ -43,7 +47,8 @@ def load_trainer(folder: Path, hf: PreTrainedModel, optimiser: Optimizer, ranks:
     if not counters.is_file():
         raise UserError(f"{folder}: not a complete trainer state (learner.json is missing)")
     try:
-        dcp.load(_state(hf, optimiser), checkpoint_id=folder, no_dist=ranks.world == 1)
+        with _without_warning(ranks):
+            dcp.load(_state(hf, optimiser), checkpoint_id=folder, no_dist=ranks.world == 1)
     except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
         raise UserError(f"{folder}: does not fit the configured model and optimizer: {error}") from error
     return json.loads(counters.read_text())
@@ -72,6 +77,15 @@ def flush(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def _without_warning(ranks: Ranks) -> Iterator[None]:
+    """torch warns that a rank alone saves alone, which is what we ask of it."""
+    with warnings.catch_warnings():
+        if ranks.world == 1:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _state(hf: PreTrainedModel, optimiser: Optimizer) -> dict[str, Tensor]:

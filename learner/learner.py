@@ -105,13 +105,18 @@ class Learner:
         factor = schedule(
             options.optimizer.schedule, self._steps_done, self.config.steps, options.optimizer.warmup_steps
         )
+        given = torch.full((len(batch.group),), math.nan, dtype=torch.float64, device=self.ranks.device)
         for rows in self._minibatches(batch.group):
-            minibatch = batch.rows(torch.tensor(rows, device=self.ranks.device))
-            self._update(minibatch, sequences.rows(rows), factor, totals, groups)
+            index, tokens = torch.tensor(rows, device=self.ranks.device), sequences.rows(rows)
+            minibatch = self._prepared(batch.rows(index), tokens, totals)
+            given[index] = _advantage(minibatch)
+            self._update(minibatch, tokens, factor, totals, groups)
         self._steps_done += 1
         elapsed = time.perf_counter() - started
-        metrics = self._metrics(totals, batch, factor, before, elapsed)
-        return StepResult(metrics, _per_completion(batch, groups))
+        each = iter(given.tolist())
+        return StepResult(
+            self._metrics(totals, batch, factor, before, elapsed), [[next(each) for _ in g.completions] for g in groups]
+        )
 
     def _before(self, groups: Sequence[Group], version: int) -> tuple[Batch, Sequences]:
         """The step's batch with everything that is computed before its first update."""
@@ -142,16 +147,20 @@ class Learner:
             groups = list(rows_of.values())
             yield from ([r for i in part.tolist() for r in groups[i]] for part in order if len(part))
 
+    def _prepared(self, minibatch: Batch, sequences: Sequences, totals: Totals) -> Batch:
+        """The minibatch with its denominators and, for methods that are late, what depends on current log-probs."""
+        if "late" not in self.method.needs:
+            return normalise(self.method, minibatch)
+        logprobs, _ = self._without_gradient(self.policy, sequences, minibatch.mask.shape[1])
+        known, minibatch = minibatch.metrics, late(self.method, minibatch, logprobs)
+        totals.add({name: pair for name, pair in minibatch.metrics.items() if known.get(name) is not pair})
+        return minibatch
+
     def _update(
         self, minibatch: Batch, sequences: Sequences, factor: float, totals: Totals, groups: Sequence[Group]
     ) -> None:
         """One optimiser step on a minibatch, or none where there is nothing to train or nothing finite."""
         width = minibatch.mask.shape[1]
-        if "late" in self.method.needs:
-            logprobs, _ = self._without_gradient(self.policy, sequences, width)
-            minibatch = late(self.method, minibatch, logprobs)
-        else:
-            minibatch = normalise(self.method, minibatch)
         # Filtered and rejected rows are in no term of the loss, so the model need not read them again.
         trained = minibatch.loss_mask.any(1).tolist()
         totals.add({"optim/empty": (float(not any(trained)), 1.0)})
@@ -297,12 +306,11 @@ class Learner:
         )
 
 
-def _per_completion(batch: Batch, groups: Sequence[Group]) -> list[list[float]]:
-    """Mean advantage of each completion over its trained tokens, channels weighted; NaN where nothing was trained."""
-    trained = batch.mask if batch.loss_mask is None else batch.loss_mask
+def _advantage(minibatch: Batch) -> Tensor:
+    """Mean advantage of each row over its trained tokens, channels weighted, [B]; NaN where nothing is trained."""
+    trained = minibatch.loss_mask
     counts = trained.sum(1)
     total = torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
-    for channel in batch.channels:
-        total += channel.weight * channel.advantages.where(trained, 0.0).sum(1) / counts
-    flat = iter(total.where(counts > 0, math.nan).tolist())
-    return [[next(flat) for _ in group.completions] for group in groups]
+    for channel in minibatch.channels:
+        total += channel.weight * channel.advantages.where(trained, 0.0).sum(1)
+    return (total / counts).where(counts > 0, math.nan)

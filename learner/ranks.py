@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,15 @@ class Ranks:
         """Meet the other ranks at `address` (tcp://host:port, rank 0 listens). Raises after `timeout` seconds."""
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # Checkpoints and counters are CPU tensors on a GPU machine too, so both backends are there.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
-        )
+        patience = timedelta(seconds=timeout)
+        dist.init_process_group(_backend(device), init_method=address, rank=rank, world_size=world, timeout=patience)
         return cls(rank, world, device)
+
+    def mesh(self) -> DeviceMesh:
+        """All ranks in one dimension. A rank alone that met nobody makes a group of its own, without a port."""
+        if not dist.is_initialized():
+            dist.init_process_group(_backend(self.device), store=dist.HashStore(), rank=0, world_size=1)
+        return init_device_mesh(self.device.type, (self.world,))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over the ranks, in place; every rank gets the same bits."""
@@ -49,3 +53,8 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+
+def _backend(device: torch.device) -> str:
+    # Checkpoints and counters are CPU tensors on a GPU machine too, so both backends are there.
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import RunConfig
-from core.schema import Completion, Group, Prompt
+from core.schema import Completion, Group, Prompt, Score
 
 VOCABULARY = 400
 
@@ -19,6 +19,7 @@ def config(model: Path, **learner: Any) -> RunConfig:
         model={"path": str(model)},
         data={"path": "none.jsonl"},
         rollout={"prompts": 4, "group_size": 4},
+        rewards={"components": {"right": {}, "short": {"weight": 0.5}}},
         # AdamW divides by the root of tiny second moments: a large eps keeps it from amplifying rounding.
         learner={**learner, "optimizer": {"lr": 1e-3, "eps": 1e-4, **learner.get("optimizer", {})}},
     )
@@ -41,6 +42,10 @@ def groups(prompts: int = 4, size: int = 4, seed: int = 0, longest: int = 20, sa
             id=f"g{n}",
             prompt=Prompt(n, "", tokens(draw.randint(1, 9))),
             completions=tuple(completion() for _ in range(size)),
+            components={
+                "right": tuple(Score("ok", float((n + i) % 2)) for i in range(size)),
+                "short": tuple(Score("ok", float(i % 3 == 0)) for i in range(size)),
+            },
             totals=tuple(float((n + i) % 2) for i in range(size)) if sampled else (),
         )
         for n in range(prompts)

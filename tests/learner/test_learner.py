@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from algos.methods import resolve
+from algos.methods import methods, resolve
 from core.errors import UserError
-from learner.learner import Learner
+from learner.learner import SUPPLIED, Learner
 from learner.metrics import METRICS
 from tests.learner import samples
 
@@ -34,6 +34,27 @@ def test_the_update_does_not_depend_on_the_micro_batches(tiny: Path) -> None:
     whole = trained(tiny, token_budget=100_000)
     assert not torch.allclose(whole, parameters(Learner(samples.config(tiny), resolve("grpo"))), atol=1e-3)
     assert torch.allclose(whole, trained(tiny, token_budget=64), atol=1e-6, rtol=0)
+
+
+SUPPLIABLE = [n for n in methods if resolve(n, context={"max_tokens": 20}).needs <= SUPPLIED]
+
+
+@pytest.mark.parametrize("name", SUPPLIABLE)
+def test_every_method_trains_and_its_update_does_not_depend_on_the_micro_batches(tiny: Path, name: str) -> None:
+    method = resolve(name, context={"max_tokens": 20})
+    data, ends = samples.groups(2, 8, sampled="demonstrations" not in method.needs), []
+    for budget in (100_000, 64):
+        worker = Learner(samples.config(tiny, minibatches=2, token_budget=budget), method)
+        metrics = worker.step(data, version=1).metrics
+        assert metrics["optim/skipped"] == metrics["optim/empty"] == 0.0
+        assert metrics["optim/grad_norm"] > 0 and math.isfinite(metrics["policy/loss"])
+        ends.append(parameters(worker))
+    assert torch.allclose(*ends, atol=1e-6, rtol=0)
+
+
+def test_a_method_that_needs_what_is_not_there_is_refused(tiny: Path) -> None:
+    with pytest.raises(UserError, match="'ppo' needs critic, values"):
+        Learner(samples.config(tiny), resolve("ppo"))
 
 
 def test_the_update_does_not_depend_on_the_attention_kernel(tiny: Path) -> None:
@@ -76,6 +97,18 @@ def test_a_resumed_learner_continues_bit_for_bit(tiny: Path, tmp_path: Path) -> 
     assert torch.equal(parameters(straight), parameters(second))
     for (name, x), (_, y) in zip(straight.optimiser.state(), second.optimiser.state(), strict=True):
         assert torch.equal(x, y), name
+
+
+def test_one_rank_in_bfloat16_also_resumes_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
+    config = samples.config(tiny)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    first, second = (Learner(config, resolve("grpo")) for _ in range(2))
+    first.step(samples.groups(), version=0)
+    first.save(tmp_path)
+    second.load(tmp_path)
+    for worker in (first, second):
+        worker.step(samples.groups(seed=1), version=1)
+    assert torch.equal(parameters(first), parameters(second))
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny: Path, tmp_path: Path) -> None:
