@@ -97,6 +97,24 @@ def _one_channel_is_whitened(m: Method) -> str | None:
     return None
 
 
+def _covariance_rules_exclude_each_other(m: Method) -> str | None:
+    clip_cov = next((part for part in m.token_weight if part.name == "clip_cov"), None)
+    if clip_cov is None:
+        return None
+    if m.surrogate.name != "ppo_clip":
+        return f"token_weight clip_cov spares what ppo_clip clips; the surrogate is {m.surrogate.name}"
+    bounds = [[part.option(name) for name in ("low", "high")] for part in (clip_cov, m.surrogate)]
+    if bounds[0] != bounds[1]:
+        return f"token_weight clip_cov has low, high {bounds[0]}, surrogate ppo_clip {bounds[1]}; give both the same"
+    return None
+
+
+def _guard_weight_has_its_ratio(m: Method) -> str | None:
+    if any(part.name == "grpo_guard_weight" for part in m.token_weight) and m.ratio.name != "grpo_guard":
+        return f"token_weight grpo_guard_weight goes with ratio grpo_guard, not with {m.ratio.name}"
+    return None
+
+
 CHECKS: tuple[Check, ...] = (
     _dual_above_clip,
     _kl_once,
@@ -109,4 +127,6 @@ CHECKS: tuple[Check, ...] = (
     _rows_whiten_rows,
     _late_advantages_stay_raw,
     _one_channel_is_whitened,
+    _covariance_rules_exclude_each_other,
+    _guard_weight_has_its_ratio,
 )

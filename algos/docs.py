@@ -43,7 +43,7 @@ stop-gradient. Group statistics are float64; an unscorable completion is in no s
 has a group whose rewards are all equal where peers are the baseline.
 
 Confidence: **A** read from the authors' code, **B** from a widely used public trainer, **C** from papers or others;
-**num**: numbers compared with that code.
+**num**: numbers compared with that code; **adaptation**: an idea from elsewhere, the form for completions is ours.
 """
 
 

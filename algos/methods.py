@@ -4,8 +4,9 @@
     resolve({"row": "dapo", "surrogate": {"ppo_clip": {"high": 0.3}}, "modifiers": ["tis"]})
     resolve({"advantage": "group", "surrogate": "cispo"})            # parts alone
 
-Confidence of a row: A read from the authors' code, B from a widely used public trainer, C from papers and others,
-num: numbers compared with that code. Pieces that a row leaves out have the defaults of `method.PIECES`.
+Confidence of a row: A read from the authors' code, B from a widely used public trainer, C from papers and others, num:
+numbers compared with that code, adaptation: the form for completions is ours. Pieces that a row leaves out have the
+defaults of `method.PIECES`.
 """
 
 from __future__ import annotations

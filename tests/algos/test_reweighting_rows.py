@@ -12,6 +12,7 @@ import torch
 from algos.batch import Batch
 from algos.loss import advantages, late, loss, normalise
 from algos.methods import resolve
+from core.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "vectors" / "reweighting"
 PPO = {"clip_low": "low", "clip_high": "high", "clip_c": "dual"}
@@ -145,3 +146,16 @@ def test_a_row_of_the_table_has_a_finite_gradient_on_valid_tokens_only(name: str
     batch = late(method, batch, current) if "late" in method.needs else normalise(method, batch)
     loss(method, batch, current, entropy).loss.backward()
     assert current.grad.isfinite().all() and not current.grad[~mask].any() and current.grad[mask].any()
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"surrogate": "kl_cov", "token_weight": ["clip_cov"]}, "the surrogate is kl_cov"),
+        ({"surrogate": {"ppo_clip": {"low": 0.2}}, "token_weight": ["clip_cov"]}, "give both the same"),
+        ({"token_weight": ["grpo_guard_weight"]}, "goes with ratio grpo_guard"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused(spec: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        resolve(spec)
