@@ -42,7 +42,9 @@ SUPPLIABLE = [n for n in methods if resolve(n, context={"max_tokens": 20}).needs
 @pytest.mark.parametrize("name", SUPPLIABLE)
 def test_every_method_trains_and_its_update_does_not_depend_on_the_micro_batches(tiny: Path, name: str) -> None:
     method = resolve(name, context={"max_tokens": 20})
-    data, ends = samples.groups(2, 8, sampled="demonstrations" not in method.needs), []
+    data = samples.groups(sampled="demonstrations" not in method.needs)
+    data = [replace(g, totals=(1.0, 0.0, 0.0, 0.0)) for g in data]  # a single best one: all that `passk` learns from
+    ends = []
     for budget in (100_000, 64):
         worker = Learner(samples.config(tiny, minibatches=2, token_budget=budget), method)
         metrics = worker.step(data, version=1).metrics
