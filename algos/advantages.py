@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from algos.baselines import baselines as baseline_table
-from algos.baselines import group_mean, group_std, leave_one_out, scales
+from algos.baselines import group_mean, group_std, leave_one_out, require_range, scales
 from algos.batch import Channel, select
 from algos.groups import Groups, mean_std
 from algos.parts import supply
+from core.errors import UserError
 from core.registry import Registry
 
 advantages = Registry("advantage")
@@ -99,6 +100,7 @@ def bnpo(
     (divisor P - 1). Fewer than two groups, or no variance: alpha = beta = 1 (the published code gives NaN).
     Source: "BNPO: Beta Normalization Policy Optimization", arXiv 2506.02864.
     """
+    require_range(rewards, min_reward, max_reward, "bnpo")
     rewards = (rewards - min_reward) / (max_reward - min_reward)
     groups = Groups.of(group, rewards)
     rates = groups.mean(rewards)
@@ -272,13 +274,13 @@ def token(per_token: Tensor, member: Tensor, *, eps: float = 1e-8, ddof: int = 1
 
 
 def require_binary(rewards: Tensor, method: str) -> Tensor:
-    """`rewards`, all 0, 1 or NaN; raises ValueError otherwise."""
+    """`rewards`, all 0, 1 or NaN; raises UserError otherwise."""
     known = rewards[~torch.isnan(rewards)]
     if not ((known == 0) | (known == 1)).all():
         low, high = known.min().item(), known.max().item()
-        raise ValueError(
-            f"{method} is defined for rewards of 0 and 1 only, got values in [{low:g}, {high:g}]; "
-            "train on one correctness reward without shaping"
+        raise UserError(
+            f"method: {method} is defined for rewards of 0 and 1 only, got values in [{low:g}, {high:g}]; "
+            "train on one correctness reward of weight 1, without shaping"
         )
     return rewards
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from algos.batch import select
 from algos.groups import Groups, mean_std
+from core.errors import UserError
 from core.registry import Registry
 
 baselines = Registry("baseline")
@@ -54,7 +55,8 @@ def length_weighted(rewards: Tensor, groups: Groups, lengths: Tensor) -> Tensor:
 
 @baselines
 def virtual_max(rewards: Tensor, groups: Groups, max_reward: float, num_virtual: int) -> Tensor:
-    """Mean of the group with num_virtual imagined rows of reward max_reward (NGRPO)."""
+    """Mean of the group with num_virtual imagined rows of reward max_reward (NGRPO). Rewards above it are refused."""
+    require_range(rewards, None, max_reward, "baseline virtual_max")
     mean = (groups.sum(rewards) + num_virtual * max_reward) / (groups.size + num_virtual)
     perfect = groups.smallest(rewards) == max_reward
     return groups.spread(torch.where(perfect, torch.full_like(mean, max_reward), mean))
@@ -99,7 +101,8 @@ def batch_std(rewards: Tensor, scored: Tensor, eps: float, ddof: int) -> Tensor:
 
 @scales
 def group_mean_(rewards: Tensor, groups: Groups, eps: float) -> Tensor:
-    """mean(x) + eps: hard prompts weigh more, by one over their pass rate (MaxRL)."""
+    """mean(x) + eps: hard prompts weigh more, by one over their pass rate (MaxRL). Negative rewards are refused."""
+    require_range(rewards, 0.0, None, "scale group_mean")
     return groups.spread(groups.mean(rewards)) + eps
 
 
@@ -108,6 +111,17 @@ def nonzero_fraction(rewards: Tensor, scored: Tensor) -> Tensor:
     """max(1, rows with R != 0) / rows (GPG)."""
     rows = scored.sum().clamp(min=1).to(rewards.dtype)
     return ((select(scored, rewards) != 0).sum().clamp(min=1) / rows).expand_as(rewards)
+
+
+def require_range(rewards: Tensor, low: float | None, high: float | None, who: str) -> None:
+    """Raises UserError if a scored reward is outside [low, high]; none is no bound."""
+    seen = rewards[~torch.isnan(rewards)]
+    lowest, highest = (-torch.inf if low is None else low), (torch.inf if high is None else high)
+    if ((seen < lowest) | (seen > highest)).any():
+        raise UserError(
+            f"method: {who} takes rewards in [{lowest:g}, {highest:g}], got values in [{seen.min().item():g}, "
+            f"{seen.max().item():g}]; rescale them (shaping: scale) or set its bounds (min_reward, max_reward)"
+        )
 
 
 def _first(groups: Groups, per_row: Tensor) -> Tensor:

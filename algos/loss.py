@@ -115,6 +115,8 @@ def loss(
     if method.value:
         total = total + _value_loss(method.value, rows, mask, values)
     metrics = {**update(current, rows.ref_logprobs, entropy), **_clip_metrics(method, rows, current)}
+    if rows.old_logprobs is None and rows.rollout_logprobs is not None:  # else `advantages` has told
+        metrics |= mismatch(logprobs.detach(), rows.rollout_logprobs, mask)
     return LossOutput(total, metrics, select(mask, token_loss), policy, token_kl, kl)
 
 

@@ -14,6 +14,7 @@ from algos.coupled import optimal_value
 from algos.filters import one_pos_one_neg
 from algos.loss import advantages, loss
 from algos.methods import resolve
+from core.errors import UserError
 from tests.algos.steps import GROUP, MASK, REWARDS, RUNNABLE, current, ready, run, step
 
 
@@ -93,10 +94,21 @@ def test_whitening_does_not_see_unscorable_rows():
     assert (batch.channels[0].advantages[2] == 0).all()
 
 
-def test_an_unknown_binary_reward_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match=r"nft is defined for rewards of 0 and 1 only, got values in \[0, 2\]"):
-        method = RUNNABLE["nft"]
-        advantages(method, step(method, rewards=2 * REWARDS))
+@pytest.mark.parametrize(
+    ("name", "factor", "says"),
+    [
+        ("nft", 2, r"nft is defined for rewards of 0 and 1 only, got values in \[0, 2\]"),
+        ("drpo", 2, "drpo is defined for rewards of 0 and 1 only"),
+        ("ngrpo", 2, r"baseline virtual_max takes rewards in \[-inf, 1\], got values in \[0, 2\]"),
+        ("bnpo", -1, r"bnpo takes rewards in \[0, 1\], got values in \[-1, -?0\]"),
+        ("maxrl", -1, r"scale group_mean takes rewards in \[0, inf\]"),
+    ],
+)
+def test_rewards_outside_a_methods_domain_are_refused_with_the_reason(name, factor, says):
+    method = RUNNABLE[name]
+    batch = step(method, rewards=factor * REWARDS)
+    with pytest.raises(UserError, match=says):
+        ready(method, batch, current(batch))
 
 
 def test_missing_components_are_left_out_and_components_weigh_as_told():

@@ -9,7 +9,7 @@ import torch
 
 from algos.aggregation import Counts, aggregations
 from algos.batch import Batch
-from algos.loss import loss
+from algos.loss import advantages, loss
 from algos.methods import resolve
 from algos.surrogates import surrogates
 from tests.algos.steps import RUNNABLE, current, ready, run, step
@@ -118,8 +118,11 @@ def test_a_missing_old_policy_says_that_nothing_has_moved():
     method = RUNNABLE["dapo"]
     batch = step(method)
     known = run(method, batch, batch.old_logprobs)[1]
-    unknown = run(method, step(method, old_logprobs=None, rollout_logprobs=None), batch.old_logprobs)[1]
+    output, unknown = run(method, step(method, old_logprobs=None), batch.old_logprobs)
     torch.testing.assert_close(unknown, known)
+    # The mismatch with the rollout engine is reported by whoever knows the old policy first.
+    early = advantages(method, batch).metrics["policy/mismatch_kl"]
+    torch.testing.assert_close(output.metrics["policy/mismatch_kl"], early)
 
 
 def test_gspo_token_is_gspo_when_the_advantage_is_constant_along_a_row():
