@@ -106,9 +106,14 @@ class Learner:
             options.optimizer.schedule, self._steps_done, self.config.steps, options.optimizer.warmup_steps
         )
         given = torch.full((len(batch.group),), math.nan, dtype=torch.float64, device=self.ranks.device)
-        for rows in self._minibatches(batch.group):
+        for number, rows in enumerate(self._minibatches(batch.group)):
             index, tokens = torch.tensor(rows, device=self.ranks.device), sequences.rows(rows)
-            minibatch = self._prepared(batch.rows(index), tokens, totals)
+            minibatch = batch.rows(index)
+            if number == 0 and "early_old" not in self.method.needs:
+                # The weights are still the old ones. Saying so makes the ratio exactly 1; two passes that pack the rows
+                # differently agree only to rounding, and a sign(ratio - 1) in a loss would turn that into a gradient.
+                minibatch = replace(minibatch, old_logprobs=None)
+            minibatch = self._prepared(minibatch, tokens, totals)
             given[index] = _advantage(minibatch)
             self._update(minibatch, tokens, factor, totals, groups)
         self._steps_done += 1
