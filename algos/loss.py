@@ -117,6 +117,8 @@ def loss(
     metrics = {**update(current, rows.ref_logprobs, entropy), **_clip_metrics(method, rows, current)}
     if rows.old_logprobs is None and rows.rollout_logprobs is not None:  # else `advantages` has told
         metrics |= mismatch(logprobs.detach(), rows.rollout_logprobs, mask)
+    if rows.token_weight is not None:
+        metrics["policy/token_weight"] = mean_over(rows.token_weight.expand(mask.shape), mask)
     return LossOutput(total, metrics, select(mask, token_loss), policy, token_kl, kl)
 
 

@@ -86,6 +86,11 @@ METRICS = {
         "above 0.9",
         "small: few tokens carry the step; lower the cap or the staleness",
     ),
+    "policy/token_weight": Metric(
+        "mean of the token weights' product over valid tokens; they never change a denominator",
+        "steady: 0.8 to 1 for steer, near 1 for clip_cov and grpo_guard_weight, the fraction for top_entropy",
+        "far from 1: the weights change the size of the step; scale the learning rate accordingly",
+    ),
     "policy/rejected": Metric(
         "share of valid tokens left out by rejection rules",
         "below 0.1",
