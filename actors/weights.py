@@ -63,6 +63,9 @@ class Snapshot:
             yield entry.name, flat.view(getattr(torch, entry.dtype)).view(entry.shape)
 
 
+Layout = tuple[tuple[str, str, tuple[int, ...]], ...]  # (name, dtype, shape) in the order of sending
+
+
 @dataclass(frozen=True, slots=True)
 class Broadcast:
     """Says that the learner is about to send this version over NCCL; the bytes do not pass here.
@@ -71,7 +74,7 @@ class Broadcast:
     """
 
     version: int
-    manifest: tuple[tuple[str, str, tuple[int, ...]], ...]  # (name, dtype, shape) in the order of sending
+    manifest: Layout
 
     @property
     def digest(self) -> str:
@@ -94,6 +97,14 @@ def snapshot(named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, dt
         buffer += memoryview(piece)
         manifest.append(entry)
     return Snapshot(version, digest.hexdigest(), tuple(manifest), np.frombuffer(buffer, dtype=np.uint8))
+
+
+def layout(named_tensors: Iterable[tuple[str, torch.Tensor]], dtype: str | None = None) -> Layout:
+    """What `Broadcast` announces of these tensors, of which floating-point ones will travel as `dtype`."""
+    return tuple(
+        (name, dtype if dtype and t.is_floating_point() else str(t.dtype).removeprefix("torch."), tuple(t.shape))
+        for name, t in named_tensors
+    )
 
 
 def verify(weights: Snapshot) -> None:

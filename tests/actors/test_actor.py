@@ -86,17 +86,19 @@ def test_a_rejected_request_is_a_failure_and_the_others_go_on(start):
 
 
 def test_publish_relabels_requests_in_flight_and_wait_lets_them_finish(start):
-    actor = start(latency=0.02)
+    actor, first, second = start(latency=0.1), weights(1), weights(2)
     actor.submit([request("a", seeds=(6,))])
-    time.sleep(0.05)
-    assert actor.publish(weights(1)).version == 1
+    while actor.status().tokens < 2:
+        time.sleep(0.01)
+    assert actor.publish(first).version == 1
     versions = collect(actor, 1)[-1].completions[0].versions
     assert set(versions) == {0, 1} and list(versions) == sorted(versions)
 
     actor.submit([request("b", seeds=(6,))])
     with ThreadPoolExecutor(1) as pool:
-        published = pool.submit(actor.publish, weights(2), True)
-        time.sleep(0.05)
+        published = pool.submit(actor.publish, second, True)
+        while not any(job.when_idle for job in actor._jobs):
+            time.sleep(0.001)
         actor.submit([request("c", seeds=(6,))])  # asked for later, so it starts under the new version
         assert published.result(10).version == 2
     _, b, c = collect(actor, 3)

@@ -132,16 +132,24 @@ def test_a_run_and_a_caller_of_poll_share_the_actors_without_mixing_their_groups
 
 
 def test_leaving_a_run_early_aborts_the_rest(tmp_path):
+    short = GroupRequest("short", PROMPT, (0,), Sampling(8))  # 2 tokens
+    long = [GroupRequest(f"long{i}", PROMPT, (0, 1), Sampling(8, ignore_eos=True)) for i in range(10)]  # 16 tokens each
+
     async def scenario(pool):
-        stream = pool.run(requests(40))
-        async for _ in stream:
+        stream = pool.run([short, *long])
+        async for group in stream:
+            assert group.id == "short"
             break
         await stream.aclose()
-        await asyncio.sleep(0.1)
-        return [(await pool.poll(name, 0.1)).stats.running for name in pool.names]
+        for name in pool.names:
+            while (stats := (await pool.poll(name, 0.1)).stats).running:
+                pass
+            totals.append(stats.tokens)
 
-    slow = functools.partial(FakeEngine, latency=0.02)
-    assert with_pool(tmp_path, scenario, slow) == [0, 0]
+    totals: list[int] = []
+    with_pool(tmp_path, scenario, functools.partial(FakeEngine, latency=0.1))
+    # after 2 steps 2 + 20 * 2 tokens exist; the whole would be 2 + 20 * 8
+    assert 42 <= sum(totals) < 162
 
 
 def test_publish_says_who_serves_the_version_and_corrupt_weights_change_nothing(tmp_path):

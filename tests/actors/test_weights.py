@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.weights import Broadcast, Refused, snapshot, verify
+from actors.weights import Broadcast, Refused, layout, snapshot, verify
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -74,6 +74,7 @@ def test_a_buffer_that_ends_early_is_refused():
 
 
 def test_a_broadcast_has_a_digest_of_its_version_and_layout():
-    layout = (("a", "float32", (2,)),)
-    assert Broadcast(1, layout).digest == Broadcast(1, layout).digest
-    assert len({Broadcast(1, layout).digest, Broadcast(2, layout).digest, Broadcast(1, ()).digest}) == 3
+    plan = layout(TENSORS.items(), "bfloat16")
+    assert plan[0] == ("a", "bfloat16", (2, 3)) and plan[2] == ("c", "int64", ())
+    assert Broadcast(1, plan).digest == Broadcast(1, plan).digest
+    assert len({Broadcast(1, plan).digest, Broadcast(2, plan).digest, Broadcast(1, plan[1:]).digest}) == 3
