@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from core.errors import UserError
+
 NAME = "packed_sdpa"
 
 
@@ -96,9 +98,9 @@ def packed_sdpa(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, heads, N, d], key, value [1, kv heads, N, d] -> [1, N, heads, d]."""
     if softcap is not None or s_aux is not None or attention_mask is not None:
-        raise NotImplementedError(
-            f"{type(module).__name__} caps its attention scores, has attention sinks or makes masks of its own, which "
-            "model.attention 'sdpa' cannot compute; use 'eager' or 'flash_attention_2'"
+        raise UserError(
+            f"model.attention: 'sdpa' cannot compute {type(module).__name__}, which caps its scores, has attention "
+            "sinks or makes masks of its own; use eager or flash_attention_2"
         )
     query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     outputs = []

@@ -35,7 +35,7 @@ from core.schema import Group
 from learner import checkpoint
 from learner.collate import Micro, Sequences, collate, split
 from learner.metrics import Totals
-from learner.model import Policy, full, load_policy, named_tensors
+from learner.model import Policy, as_published, full, load_policy, named_tensors
 from learner.optim import Optimizer, schedule
 from learner.ranks import Ranks
 
@@ -277,12 +277,14 @@ class Learner:
 
         Every rank calls it; rank 0 calls `visit(iterator)` and returns what it returns, the others return None.
         """
-        tensors = ((name, full(tensor)) for name, tensor in named_tensors(self.policy.hf))
+        hf = self.policy.hf
+        gathered = ((name, full(tensor)) for name, tensor in named_tensors(hf))
+        published = (item for name, whole in gathered for item in as_published(hf, name, whole).items())
         try:
-            return visit(tensors) if self.ranks.rank == 0 else None
+            return visit(published) if self.ranks.rank == 0 else None
         finally:
             # Each gather is a collective: what the visitor left, or never wanted, is still gathered with the others.
-            for _ in tensors:
+            for _ in gathered:
                 pass
 
     def save(self, folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from core.config import ModelConfig
 from core.errors import UserError
@@ -112,6 +113,14 @@ def named_tensors(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor
+
+
+def as_published(hf: PreTrainedModel, name: str, whole: Tensor) -> dict[str, Tensor]:
+    """A parameter under the names and in the shapes of the model's published files, which vLLM reads.
+
+    Mostly itself; transformers keeps the experts of a mixture in one tensor that the files hold one by one.
+    """
+    return revert_weight_conversion(hf, {name: whole})
 
 
 def full(tensor: Tensor) -> Tensor:
