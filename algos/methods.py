@@ -398,14 +398,16 @@ def resolve(spec: str | Mapping[str, Any], where: str = "method", context: Mappi
     """
     given: dict[str, Any] = {"row": spec} if isinstance(spec, str) else dict(spec)
     row, wanted = given.pop("row", None), given.pop("modifiers", [])
-    if row is not None and row not in ROWS:
-        raise UserError(f"{where}: there is no method '{row}'; {nearest(str(row), ROWS)}")
+    if row is not None and (not isinstance(row, str) or row not in ROWS):
+        raise UserError(f"{where}.row: there is no method {row!r}; {nearest(str(row), ROWS)}")
     if row is None and not given:
         raise UserError(f"{where}: empty; name a row or give pieces. Allowed: {', '.join([*PIECES, *SETTINGS])}")
     pieces = parse(ROWS[row].spec, where) if row else {}
     pieces = merge(pieces, parse(given, where))
     names = []
     for item in [wanted] if isinstance(wanted, (str, Mapping)) else wanted:
+        if not isinstance(item, (str, Mapping)) or len(item) == 0:
+            raise UserError(f"{where}.modifiers: got {item!r}; write a name, or {{name: options}}")
         name, options = (item, {}) if isinstance(item, str) else next(iter(item.items()))
         pieces = modified(pieces, name, options or {}, f"{where}.modifiers")
         names.append(name)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alignlab.cluster import cluster
 from alignlab.coordinator import Coordinator
@@ -19,6 +20,9 @@ from alignlab.prompts import PromptStream
 from alignlab.run import Run
 from alignlab.run_dir import Checkpoint, RunDir
 from core.config import RunConfig
+
+if TYPE_CHECKING:
+    from learner.pool import LearnerPool
 
 
 def train(config: RunConfig, *, resume: bool = False) -> int:
@@ -54,16 +58,16 @@ async def _train(
     first = checkpoint.step if checkpoint else 0
     run_dir.forget_after(first)
     async with AsyncExitStack() as stack:
-        learner = await LearnerPool.start(config, run_dir.path)
-        stack.push_async_callback(learner.close)
         composer = Composer(config.rewards)
         stack.push_async_callback(composer.close)
         if plan.demonstrations:
             actors: Any = Demonstrations(config, tokenizer)
+            learner = await LearnerPool.start(config, run_dir.path)
         else:
             actors = ActorPool(config, run_dir.path / "logs")
             stack.push_async_callback(actors.close)
-            await actors.start()
+            learner = await _both(LearnerPool.start(config, run_dir.path), actors.start())
+        stack.push_async_callback(learner.close)
         coordinator = Coordinator(
             prompts=config.rollout.prompts,
             steps=config.steps,
@@ -91,6 +95,17 @@ async def _train(
         if coordinator.version >= config.steps:
             writer.write(coordinator.version, await evaluate(coordinator.version))
         return coordinator.version
+
+
+async def _both(learner: Coroutine[Any, Any, LearnerPool], actors: Coroutine[Any, Any, None]) -> LearnerPool:
+    """Start both pools side by side; if one cannot start, nothing of the learner stays behind."""
+    pool, problem = await asyncio.gather(learner, actors, return_exceptions=True)
+    for error in (pool, problem):
+        if isinstance(error, BaseException):
+            if not isinstance(pool, BaseException):
+                await pool.close()
+            raise error
+    return pool
 
 
 async def _nothing(version: int) -> None:
@@ -144,7 +159,9 @@ def _say_end(plan: Plan, run_dir: RunDir, step: int) -> None:
     if step < config.steps:
         print(f"next: alignlab train {run_dir.path}/config.yaml --resume")
     else:
-        print(f"next: alignlab eval {run_dir.path} --benchmarks gsm8k --data DIR")
+        benchmarks = ",".join(config.eval.benchmarks) or "gsm8k"
+        data = f" --data {config.eval.data}" if config.eval.data else ""
+        print(f"next: alignlab eval {run_dir.path} --benchmarks {benchmarks}{data}")
         print(f"      tensorboard --logdir {run_dir.path}/tensorboard")
 
 

@@ -1,0 +1,234 @@
+"""Whole runs on real parts: Ray, vLLM actors, FSDP2 learner ranks, scoring processes. Small, but nothing is faked."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.tiny import tiny_policy
+
+pytestmark = pytest.mark.real
+ALIGNLAB = [sys.executable, "-m", "alignlab.cli"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a policy, some problems and a reward of the user's own: what a run needs."""
+    home = tmp_path_factory.mktemp("home")
+    tiny_policy(home / "policy")
+    rows = [{"question": f"{a} + {b}?", "answer": str(a + b)} for a in range(8) for b in range(8)]
+    (home / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
+    # A random policy solves nothing, so the reward is one that it can earn: many different tokens.
+    (home / "my_rewards.py").write_text(
+        "def varied(completion_ids):\n    return len(set(completion_ids)) / 16 - 0.5 * (completion_ids[0] % 2)\n"
+    )
+    return home
+
+
+def config(home, name, **changes):
+    tree = {
+        "name": name,
+        "steps": 3,
+        "method": {"row": "grpo", "kl": "none"},
+        "model": {"path": "policy"},
+        "data": {"path": "problems.jsonl", "max_prompt_tokens": 32},
+        "rollout": {"prompts": 4, "group_size": 4, "max_tokens": 12},
+        "actors": {"kv_cache_gib": 0.1, "max_num_seqs": 32},
+        "rewards": {"components": {"varied": {"fn": "my_rewards.py:varied"}, "math_answer": {"weight": 0.5}}},
+        "learner": {"optimizer": {"lr": 1e-4}},
+    }
+    for path, value in changes.items():
+        at = tree
+        *parents, last = path.split("__")
+        for key in parents:
+            at = at.setdefault(key, {})
+        at[last] = value
+    path = home / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def train(home, path, *arguments):
+    done = subprocess.run(
+        [*ALIGNLAB, "train", path.name, *arguments],
+        cwd=home, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def weights(home, name, step):
+    return load_file(home / "runs" / name / "checkpoints" / f"step-{step:06d}" / "model" / "model.safetensors")
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def plain(home):
+    """One rank, one actor: what all the others are compared with. Its folder."""
+    path = config(home, "plain", steps=4, checkpoint__every=2, eval__benchmarks=["few.jsonl"])
+    train(home, path)
+    return home / "runs" / "plain"
+
+
+def test_a_run_leaves_everything_behind(plain):
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "rollouts", "evals", "logs"} <= {
+        p.name for p in plain.iterdir()
+    }
+    steps = [row for row in rows(plain / "metrics.jsonl") if "reward/total" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    expected = "reward/varied reward/math_answer completion/length_mean policy/entropy policy/clip_low optim/grad_norm"
+    for name in [*expected.split(), "rollout/tokens_per_second", "time/train", "time/publish"]:
+        assert steps[0][name] is not None, name
+    assert steps[-1]["policy/mismatch_kl"] < 1e-6  # the engine's log-probs are the learner's
+    rollouts = rows(plain / "rollouts" / "step-000001.jsonl")
+    assert len(rollouts) == 16
+    for row in rollouts:
+        assert row["total"] == pytest.approx(row["components"]["varied"] + 0.5 * row["components"]["math_answer"])
+        assert row["versions"] == [0] and row["actor"] == "actor-0"
+    summary = json.loads((plain / "evals" / "step-000004" / "few.summary.json").read_text())
+    assert summary["result"]["problems"] == 6 and summary["version"] == 4
+    assert [p.name for p in sorted((plain / "checkpoints").glob("step-*"))] == ["step-000002", "step-000004"]
+
+
+def test_tensorboard_reads_the_run(plain):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(plain / "tensorboard"))
+    board.Reload()
+    assert [point.step for point in board.Scalars("reward/varied")] == [1, 2, 3, 4]
+
+
+def test_the_checkpoint_is_an_ordinary_model_folder(plain):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = plain / "checkpoints" / "step-000004" / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 1?"}], tokenize=False)
+    assert torch.isfinite(model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("two-ranks", {"learner__ranks": 2}),
+        ("two-actors-small-batches", {"actors__count": 2, "learner__token_budget": 40}),
+    ],
+)
+def test_ranks_actors_and_micro_batches_do_not_change_what_is_learned(home, plain, name, changes):
+    train(home, config(home, name, checkpoint__every=2, **changes))
+    ours = weights(home, name, 2)
+    start = load_file(home / "policy" / "model.safetensors")
+    for key, expected in weights(home, "plain", 2).items():
+        assert (ours[key] - expected).abs().max() < 1e-5, key
+        assert (expected - start[key]).abs().max() > 2e-5, f"{key} was not trained"
+
+
+def test_a_killed_run_resumes_to_the_same_bits(home, plain):
+    path = config(home, "killed", steps=4, checkpoint__every=2, eval__benchmarks=["few.jsonl"])
+    folder = home / "runs" / "killed"
+    run = subprocess.Popen(
+        [*ALIGNLAB, "train", path.name], cwd=home, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not (folder / "checkpoints" / "step-000002" / "run.json").exists():
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    kill_everything(run)
+    # A torn last line, as a crash can leave it.
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "rew')
+    out = train(home, path, "--resume")
+    assert "going on from" in out
+    a, b = (weights(home, name, 4) for name in ("plain", "killed"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    for step in (1, 2, 3, 4):  # and the same rollouts
+        texts = [
+            [row["completion"] for row in rows(f / "rollouts" / f"step-{step:06d}.jsonl")] for f in (plain, folder)
+        ]
+        assert texts[0] == texts[1]
+    steps = [row["step"] for row in rows(folder / "metrics.jsonl") if "reward/total" in row]
+    assert steps == [1, 2, 3, 4]
+
+
+def kill_everything(run):
+    """kill -9 of the driver and of all that it started."""
+    import psutil
+
+    family = psutil.Process(run.pid).children(recursive=True)
+    os.killpg(run.pid, signal.SIGKILL)
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    run.wait()
+    psutil.wait_procs(family, timeout=30)
+
+
+def test_overlapped_runs_stay_within_their_staleness(home):
+    train(home, config(home, "overlapped", steps=4, rollout__max_staleness=1, actors__count=2))
+    steps = [row for row in rows(home / "runs" / "overlapped" / "metrics.jsonl") if "reward/total" in row]
+    assert len(steps) == 4 and max(row["rollout/staleness_max"] for row in steps) <= 1
+    ordinals = [
+        row["ordinal"]
+        for file in sorted((home / "runs" / "overlapped" / "rollouts").iterdir())
+        for row in rows(file)
+        if row["sample"] == 0
+    ]
+    assert sorted(ordinals) == list(range(16))  # each group once
+
+
+def test_demonstrations_are_learned(home):
+    demos = [{"question": f"{a} + {a}?", "completion": "the sum"} for a in range(8)]
+    (home / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demos))
+    path = config(
+        home, "sft", steps=8, method="sft", data__path="demos.jsonl", data__completion_column="completion",
+        rewards={}, learner__optimizer={"lr": 3e-3},
+    )  # fmt: skip
+    train(home, path)
+    losses = [row["policy/loss"] for row in rows(home / "runs" / "sft" / "metrics.jsonl") if "policy/loss" in row]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_eval_of_a_run_by_command(home, plain):
+    done = subprocess.run(
+        [*ALIGNLAB, "eval", "runs/plain", "--benchmarks", "few.jsonl", "--samples", "2", "--limit", "4"],
+        cwd=home, env=environment(), capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "few: accuracy" in done.stdout and "(4 problems x 2)" in done.stdout
+    graded = rows(home / "runs" / "plain" / "evals" / "eval-step-000004" / "few.jsonl")
+    assert len(graded) == 8 and {row["status"] for row in graded} == {"ok"}
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_resume(home):
+    path = config(home, "interrupted", steps=500)
+    run = subprocess.Popen(
+        [*ALIGNLAB, "train", path.name], cwd=home, env=environment(), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    lines = []
+    for line in run.stdout:
+        lines.append(line)
+        if line.startswith("step   2/500"):
+            run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=60) == 130
+    out = "".join(lines)
+    assert "this step is finished and saved first" in out and "--resume" in lines[-1]
+    (checkpoint,) = (home / "runs" / "interrupted" / "checkpoints").glob("step-*")
+    assert (checkpoint / "run.json").exists() and int(checkpoint.name[-6:]) < 500
