@@ -66,6 +66,7 @@ class MetricsWriter:
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         purge = first_step + 1 if first_step else None
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
+        self._board.add_custom_scalars({"Overview": {title: ["Multiline", tags] for title, tags in OVERVIEW.items()}})
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and one point of each curve. NaN (nothing to average) is null and no point."""
@@ -76,17 +77,16 @@ class MetricsWriter:
             if value is not None:
                 self._board.add_scalar(name, value, step)
 
-    def text(self, step: int, name: str, markdown: str) -> None:
-        """A text sample, for TensorBoard's text page."""
-        self._board.add_text(name, markdown, step)
-
-    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
-        """A distribution, for TensorBoard's histograms."""
+    def rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Distributions of a step, and the best and the worst completion of its group with the widest spread."""
         import numpy as np
 
-        finite = [value for value in values if math.isfinite(value)]
-        if finite:
-            self._board.add_histogram(name, np.asarray(finite), step)
+        for name in ("total", "advantage", "tokens"):
+            values = [row[name] for row in rows if row[name] is not None]
+            if values:
+                self._board.add_histogram(f"completion/{name}", np.asarray(values), step)
+        if pair := _best_and_worst(rows):
+            self._board.add_text("completion/best and worst of a group", "\n\n---\n\n".join(map(_markdown, pair)), step)
 
     def close(self) -> None:
         """Flush and close both."""
@@ -106,6 +106,19 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
         "rollout/staleness": sum(staleness) / len(staleness),
         "rollout/staleness_max": max(staleness),
     }
+
+
+# TensorBoard's first page (Custom Scalars): the curves that one looks at every day, as regular expressions of names.
+OVERVIEW = {
+    "reward": ["reward/total", "reward/(?!.*_).*"],
+    "evaluation": ["eval/.*/accuracy"],
+    "completions": ["completion/length_mean", "completion/truncated"],
+    "policy": ["policy/entropy", "policy/kl_.*", "policy/mismatch_kl"],
+    "clipping": ["policy/clip_.*"],
+    "groups without signal": ["reward/equal_groups", "reward/unscorable"],
+    "gradient": ["optim/grad_norm"],
+    "seconds": ["time/.*"],
+}
 
 
 # At most eight numbers, in fixed places; everything else is in the files.
@@ -158,3 +171,19 @@ def rollout_rows(step: int, groups: Sequence[Group], advantages: Sequence[Sequen
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _best_and_worst(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows with the highest and the lowest total of one group: that with the widest spread. Empty without any."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["total"] is not None:
+            groups.setdefault(row["group"], []).append(row)
+    pairs = [[max(g, key=lambda r: r["total"]), min(g, key=lambda r: r["total"])] for g in groups.values()]
+    return max(pairs, key=lambda pair: pair[0]["total"] - pair[1]["total"], default=[])
+
+
+def _markdown(row: Mapping[str, Any]) -> str:
+    scores = ", ".join(f"{name} {value}" for name, value in row["components"].items())
+    text = "\n".join("    " + line for line in (row["prompt"] + row["completion"]).splitlines())
+    return f"total {row['total']:.3g} ({scores}), advantage {row['advantage']}, {row['tokens']} tokens\n\n{text}"

@@ -197,7 +197,9 @@ class Run:
         metrics["rollout/retried"], metrics["rollout/refused"] = counts["retried"], counts["refused"]
         metrics["rollout/dropped"] = self.coordinator.tally()["dropped"]
         self.writer.write(step, metrics)
-        self.run_dir.write_rollouts(step, rollout_rows(step, groups, result.advantages))
+        rows = rollout_rows(step, groups, result.advantages)
+        self.run_dir.write_rollouts(step, rows)
+        self.writer.rollouts(step, rows)
         steps, mean = self.plan.config.steps, sum(self._step_seconds) / len(self._step_seconds)
         self.say(step_line(step, steps, metrics, (steps - step) * mean))
 
