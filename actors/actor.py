@@ -145,7 +145,7 @@ class RolloutActor:
         """How it is. Raises EngineFailed."""
         with self._changed:
             if self._failure:
-                raise EngineFailed(f"the engine of {self.name} failed:\n{self._failure}")
+                raise EngineFailed(f"the engine of {self.name} failed: {self._failure}")
             since = self._waiting_since
             return Stats(
                 self.name,
@@ -183,8 +183,8 @@ class RolloutActor:
             while self._wait_for_work(engine):
                 self._do_jobs(engine)
                 self._step(engine)
-        except BaseException:
-            self._fail(traceback.format_exc())
+        except BaseException as error:
+            self._fail(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         else:
             self._fail("it was closed")
         finally:

@@ -69,6 +69,7 @@ class ActorPool:
         self._weights: Any = None  # what was published last, for late joiners
         self.supply: Callable[[], Awaitable[Any]] | None = None  # a Snapshot for late joiners; needed with nccl only
         self.connected = False  # all actors are members of the learner's NCCL group
+        self._publishing = asyncio.Lock()  # nobody joins with old weights while new ones go out
         self._renewals: dict[str, asyncio.Task[None]] = {}  # replacements on their way
         self._polls = {name: asyncio.Lock() for name in self.names}  # one poll at a time
         self._sequence = dict.fromkeys(self.names, 0)
@@ -136,10 +137,11 @@ class ActorPool:
         await self._launch(name)
         try:
             await self._catch_up(name)
-        except BaseException:
+        except BaseException as error:
             self._handles[name].kill()
+            if isinstance(error, Refused | TimeoutError):
+                raise ActorLost(name, self.incarnations[name], f"it joined late and got no weights: {error}") from None
             raise
-        del self._lost[name]
 
     async def close(self) -> None:
         """End all actors and give their places back; no process stays behind. May be called twice."""
@@ -148,9 +150,9 @@ class ActorPool:
             renewal.cancel()
         await asyncio.gather(*renewals, return_exceptions=True)
         handles, self._handles = self._handles, {}
+        closing = (handle.call("close", 5.0, timeout=10.0) for handle in handles.values())
+        await asyncio.gather(*closing, return_exceptions=True)  # what does not close is killed
         for handle in handles.values():
-            with suppress(Exception):  # it is killed below in any case
-                await handle.call("close", 5.0, timeout=10.0)
             handle.kill()
         await self._host.close(list(self._stats.values()))
 
@@ -219,48 +221,67 @@ class ActorPool:
 
         Requests in flight go on under the new version; with `wait` they finish first. An actor that fails, refuses or
         misses `actors.publish_timeout` is stale: it gets no work until `replace`, and the others do not wait for it.
+        If no actor is left to serve them, this waits for replacements that do.
         """
         shared = weights if isinstance(weights, Broadcast) else self._host.share(weights)
+        async with self._publishing:
+            outcomes = await self._load_all(shared, wait)
+            refused = any(isinstance(outcome, Refused) for outcome in outcomes.values())
+            published = self._agree(weights, outcomes)
+            if published.loaded or not refused:
+                self._weights = shared
+                for name, reason in published.stale.items():
+                    self._lose(name, self._handles.get(name), reason)
+        if published.loaded or refused or isinstance(weights, Broadcast):
+            return published
+        failures = await asyncio.gather(*(self._renew(name) for name in self.names), return_exceptions=True)
+        pairs = zip(self.names, failures, strict=True)
+        return self._agree(weights, {name: failure or self._stats[name] for name, failure in pairs})
+
+    async def _load_all(self, shared: Any, wait: bool) -> dict[str, Stats | BaseException]:
         names = [name for name in self.names if name not in self._lost]
         outcomes = await asyncio.gather(*(self._load(name, shared, wait) for name in names), return_exceptions=True)
-        acknowledged = {n: (o.version, o.digest) for n, o in zip(names, outcomes, strict=True) if isinstance(o, Stats)}
+        return dict(zip(names, outcomes, strict=True))
+
+    def _agree(self, weights: Any, outcomes: dict[str, Stats | BaseException]) -> Published:
+        """Who serves the version. Behind a reference the actors' own digests must agree: the most common one counts."""
+        serving = {n: (o.version, o.digest) for n, o in outcomes.items() if isinstance(o, Stats)}
         if isinstance(weights, Snapshot | Broadcast):
             agreed = (weights.version, weights.digest)
-        else:  # each actor has verified the content against its own digest; all must hold the same one
-            agreed = max(Counter(acknowledged.values()).items(), key=lambda pair: pair[1], default=((-1, ""), 0))[0]
-        loaded = tuple(name for name in names if acknowledged.get(name) == agreed)
-        stale = {**self._lost}
-        for name, outcome in zip(names, outcomes, strict=True):
-            if name not in loaded:
-                stale[name] = str(outcome) if isinstance(outcome, BaseException) else f"it serves {acknowledged[name]}"
-        if loaded:
-            self._weights = shared
-            for name, reason in stale.items():
-                self._lose(name, self._handles.get(name), reason)
+        else:
+            agreed = next((pair for pair, _ in Counter(serving.values()).most_common(1)), (-1, ""))
+        loaded = tuple(name for name in outcomes if serving.get(name) == agreed)
+        others = {n: f"it serves version {serving[n][0]}" if n in serving else str(o) for n, o in outcomes.items()}
+        stale = {n: reason for n, reason in {**self._lost, **others}.items() if n not in loaded}
         return Published(*agreed, loaded, stale)
 
     async def _load(self, name: str, shared: Any, wait: bool = False) -> Stats:
-        """Have one actor load weights. Raises ActorLost, also for a refusal: then the actor itself is well."""
+        """Have one actor load weights. Raises ActorLost, or weights.Refused: then the actor itself is well."""
         seconds, handle = self.config.actors.publish_timeout, self._handles[name]
         try:
             stats = await handle.call("publish", shared, wait, timeout=seconds)
-        except (Gone, EngineFailed, TimeoutError, Refused) as error:
+        except (Gone, EngineFailed, TimeoutError) as error:
             reason = f"no new weights in {seconds:g} s" if isinstance(error, TimeoutError) else str(error)
-            if not isinstance(error, Refused):
-                self._lose(name, handle, reason)
+            self._lose(name, handle, reason)
             raise ActorLost(name, self.incarnations[name], reason) from None
         self._note(stats)
         return stats
 
     async def _catch_up(self, name: str) -> None:
-        """A new incarnation takes the weights that were published last, if any were."""
-        shared = self._weights
-        if isinstance(shared, Broadcast):  # the bytes went by; it is not in the group yet
-            if self.supply is None:
-                raise ActorLost(name, self.incarnations[name], "a new actor needs `supply` to get weights without NCCL")
-            shared = self._host.share(await asyncio.wait_for(self.supply(), self.config.actors.publish_timeout))
-        if shared is not None:
-            await self._load(name, shared)
+        """A new incarnation takes the weights that were published last, if any were; from then on it counts as well."""
+        while True:
+            last = shared = self._weights
+            if isinstance(last, Broadcast):  # the bytes went by; it is not in the group yet
+                if self.supply is None:
+                    raise ActorLost(name, self.incarnations[name], "it joins late, and `supply` provides no weights")
+                shared = self._host.share(await asyncio.wait_for(self.supply(), self.config.actors.publish_timeout))
+            async with self._publishing:
+                if self._weights is not last:
+                    continue  # a newer version was published meanwhile
+                if shared is not None:
+                    await self._load(name, shared)
+                del self._lost[name]
+                return
 
     @property
     def world_size(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -187,6 +188,44 @@ def test_an_actor_that_misses_the_publish_deadline_is_stale_and_the_others_do_no
     published, stats = with_pool(tmp_path, scenario, make, publish_timeout=0.5)
     assert len(published.loaded) == 1
     assert (stats.version, stats.digest, stats.incarnation) == (1, weights(1).digest, 1)
+
+
+def test_an_actor_that_is_replaced_during_a_publish_serves_the_newest_version(tmp_path):
+    made = []
+
+    def make(spec):
+        made.append(spec)
+        time.sleep(0.3 if len(made) == 2 else 0)  # the replacement is still starting when version 2 is published
+        return FakeEngine(spec, fail_at_step=1 if len(made) == 1 else 0)
+
+    async def scenario(pool):
+        await pool.publish(weights(1))
+        await pool.submit("actor-0", requests(1))
+        with pytest.raises(ActorLost, match="told to fail"):
+            await pool.poll("actor-0", 5)
+        replacing = asyncio.create_task(pool.replace("actor-0"))
+        await asyncio.sleep(0.05)
+        published = await pool.publish(weights(2))
+        await replacing
+        return published, (await pool.poll("actor-0", 0.05)).stats
+
+    published, stats = with_pool(tmp_path, scenario, make, count=1)
+    assert (published.loaded, published.stale) == (("actor-0",), {})
+    assert (stats.version, stats.digest, stats.incarnation) == (2, weights(2).digest, 1)
+
+
+def test_a_publish_with_no_actor_left_waits_for_replacements(tmp_path):
+    async def scenario(pool):
+        await pool.submit("actor-0", requests(1))
+        with pytest.raises(ActorLost, match="told to fail"):
+            await pool.poll("actor-0", 5)
+        published = await pool.publish(weights(1))
+        with pytest.raises(ActorLost, match="incarnation 0"):  # whoever polls still learns of the loss
+            await pool.poll("actor-0", 0.05)
+        return published, await pool.replace("actor-0"), (await pool.poll("actor-0", 0.05)).stats.version
+
+    published, incarnation, version = with_pool(tmp_path, scenario, FailsOnce(step=1), count=1)
+    assert (published.loaded, incarnation, version) == (("actor-0",), 1, 1)
 
 
 def test_a_pool_that_does_not_start_says_which_actor_and_why(tmp_path):
