@@ -42,6 +42,20 @@ METRICS: dict[str, Meaning] = {
     "rollout/dropped": Meaning(
         "groups replaced by the next prompt so far (filter or failure)", "steady", "see metrics.jsonl"
     ),
+    "eval/<benchmark>/accuracy": Meaning(
+        "avg@k: mean over problems of the share of right completions; `low` and `high` bound it at 95 %",
+        "rises",
+        "flat while reward/total rises: the reward is not what the benchmark asks; read evals/",
+    ),
+    "eval/<benchmark>/pass_at_<k>": Meaning(
+        "unbiased chance that one of k completions is right",
+        "steady or rising",
+        "falling while accuracy rises: entropy collapses",
+    ),
+    "eval/<benchmark>/length_mean": Meaning("tokens per completion", "as in training", "see completion/length_mean"),
+    "eval/<benchmark>/truncated": Meaning("share cut off by the length limit", "below 0.05", "raise eval.max_tokens"),
+    "eval/<benchmark>/unscored": Meaning("completions without a verdict, left out", "0", "read the details in evals/"),
+    "eval/<benchmark>/tokens_per_second": Meaning("sampling speed of the evaluation", "steady", "actors.max_num_seqs"),
     "time/step": Meaning(
         "seconds from one step's end to the next", "steady", "the largest part below is the bottleneck"
     ),
