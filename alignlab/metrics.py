@@ -124,7 +124,7 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
 
 # TensorBoard's first page (Custom Scalars): the curves that one looks at every day, as regular expressions of names.
 OVERVIEW = {
-    "reward": ["reward/total", "reward/(?!.*_).*"],
+    "reward": ["reward/(?!equal_groups|unscorable)(?!.*_(std|failed|abstained|seconds)$).*"],
     "evaluation": ["eval/.*/accuracy"],
     "completions": ["completion/length_mean", "completion/truncated"],
     "policy": ["policy/entropy", "policy/kl_.*", "policy/mismatch_kl"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import sys
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -17,7 +18,7 @@ from alignlab.evaluate import Evaluator
 from alignlab.metrics import MetricsWriter
 from alignlab.plan import Plan, load_tokenizer, make_plan
 from alignlab.prompts import PromptStream
-from alignlab.run import Run
+from alignlab.run import Run, RunAborted
 from alignlab.run_dir import Checkpoint, RunDir
 from core.config import RunConfig
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def train(config: RunConfig, *, resume: bool = False) -> int:
-    """Run `config` to its last step; 0 when it got there, 130 when Ctrl-C ended it early. Raises UserError."""
+    """Run `config` to its last step. 0: it got there, 130: Ctrl-C ended it, 1: a part was lost. Raises UserError."""
     plan = make_plan(config)
     tokenizer = load_tokenizer(config.model)
     prompts = PromptStream(config.data, tokenizer, config.seed)
@@ -35,9 +36,27 @@ def train(config: RunConfig, *, resume: bool = False) -> int:
     checkpoint = (run_dir.checkpoints() or [None])[-1]
     _say_start(plan, run_dir, prompts, checkpoint, resume)
     with cluster(config):
-        step = asyncio.run(_train(plan, run_dir, tokenizer, prompts, evaluator, checkpoint))
+        try:
+            step = asyncio.run(_train(plan, run_dir, tokenizer, prompts, evaluator, checkpoint))
+        except _failures() as error:
+            print(f"alignlab train: {error}\nlogs: {run_dir.path / 'logs'}", file=sys.stderr)
+            print(f"next, when the cause is mended: {_resume(run_dir)}", file=sys.stderr)
+            return 1
     _say_end(plan, run_dir, step)
     return 0 if step >= config.steps else 130
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What ends a run without being a mistake of ours: a part was lost for good. Anything else keeps its traceback."""
+    from actors.pool import ActorLost
+    from alignlab.handoff import HandoffFailed
+    from learner.pool import LearnerLost
+
+    return RunAborted, ActorLost, LearnerLost, HandoffFailed
+
+
+def _resume(run_dir: RunDir) -> str:
+    return f"alignlab train {run_dir.path}/config.yaml --resume"
 
 
 async def _train(
@@ -157,7 +176,7 @@ def _say_end(plan: Plan, run_dir: RunDir, step: int) -> None:
         if before and after:
             print(f"{name}: accuracy {before} -> {after}")
     if step < config.steps:
-        print(f"next: alignlab train {run_dir.path}/config.yaml --resume")
+        print(f"next: {_resume(run_dir)}")
     else:
         benchmarks = ",".join(config.eval.benchmarks) or "gsm8k"
         data = f" --data {config.eval.data}" if config.eval.data else ""

@@ -7,6 +7,7 @@ answer's, and stop paying when more than 95 % of the completions earn them.
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from rewards.math_answer import after_thinking, last_boxed
 from rewards.reward import rewards
@@ -44,3 +45,12 @@ def tag_count(completion: str) -> float:
 def regex(completion: str, *, pattern: re.Pattern[str], whole: bool = False) -> float:
     """1 if `pattern` (Python syntax) is found in the text, else 0; `whole` asks that it covers all of it."""
     return float((pattern.fullmatch(completion) if whole else pattern.search(completion)) is not None)
+
+
+_FORMS = {"boxed": boxed, "think": think_format, "tags": tag_count}
+
+
+@rewards
+def format_(completion: str, *, form: Literal["boxed", "think", "tags"] = "boxed") -> float:
+    """One of the forms by name: `boxed`, `think` (think_format) or `tags` (tag_count)."""
+    return _FORMS[form](completion)
