@@ -58,14 +58,13 @@ def make_plan(config: RunConfig) -> Plan:
     from algos.methods import resolve
 
     method = resolve(config.method, where="method", context={"max_tokens": config.rollout.max_tokens})
-    plan = Plan(config, method, load_benchmarks(config))
+    _check_rewards(config, "demonstrations" in method.needs)
     check_folder("model.path", config.model.path)
     if config.model.reference is not None:
         check_folder("model.reference", config.model.reference)
     if config.data.path.endswith(".jsonl") and not Path(config.data.path).expanduser().exists():
         raise UserError(f"data.path: there is no file {config.data.path}; name a JSONL file or a hub dataset")
-    _check_rewards(plan)
-    return plan
+    return Plan(config, method, load_benchmarks(config))  # last: a hub may be slow
 
 
 def load_benchmarks(config: RunConfig) -> dict[str, tuple[Benchmark, list[Row]]]:
@@ -90,11 +89,10 @@ def check_folder(option: str, path: str) -> None:
     raise UserError(f"{option}: there is no folder {path}; {hint}")
 
 
-def _check_rewards(plan: Plan) -> None:
+def _check_rewards(config: RunConfig, demonstrations: bool) -> None:
     from rewards.composer import check_components
 
-    config = plan.config
-    if plan.demonstrations:
+    if demonstrations:
         if config.data.completion_column is None:
             raise UserError(
                 "method: it learns from demonstrations, so data.completion_column must name their column "

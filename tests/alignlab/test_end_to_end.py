@@ -81,7 +81,7 @@ def rows(path):
 @pytest.fixture(scope="module")
 def plain(home):
     """One rank, one actor: what all the others are compared with. Its folder."""
-    path = config(home, "plain", steps=4, checkpoint__every=2, eval__benchmarks=["few.jsonl"])
+    path = config(home, "plain", steps=4, checkpoint={"every": 1, "keep": 3}, eval__benchmarks=["few.jsonl"])
     train(home, path)
     return home / "runs" / "plain"
 
@@ -103,7 +103,7 @@ def test_a_run_leaves_everything_behind(plain):
         assert row["versions"] == [0] and row["actor"] == "actor-0"
     summary = json.loads((plain / "evals" / "step-000004" / "few.summary.json").read_text())
     assert summary["result"]["problems"] == 6 and summary["version"] == 4
-    assert [p.name for p in sorted((plain / "checkpoints").glob("step-*"))] == ["step-000002", "step-000004"]
+    assert [p.name for p in sorted((plain / "checkpoints").glob("step-*"))] == ["step-000002", "step-000003", "step-000004"]
 
 
 def test_tensorboard_reads_the_run(plain):
@@ -131,10 +131,10 @@ def test_the_checkpoint_is_an_ordinary_model_folder(plain):
     ],
 )
 def test_ranks_actors_and_micro_batches_do_not_change_what_is_learned(home, plain, name, changes):
-    train(home, config(home, name, checkpoint__every=2, **changes))
-    ours = weights(home, name, 2)
+    train(home, config(home, name, **changes))
+    ours = weights(home, name, 3)
     start = load_file(home / "policy" / "model.safetensors")
-    for key, expected in weights(home, "plain", 2).items():
+    for key, expected in weights(home, "plain", 3).items():
         assert (ours[key] - expected).abs().max() < 1e-5, key
         assert (expected - start[key]).abs().max() > 2e-5, f"{key} was not trained"
 
