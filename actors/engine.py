@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -79,7 +79,7 @@ class Engine(Protocol):
     digest: str  # "" until weights were loaded through `update_weights`
 
     def add(self, request: GroupRequest) -> None:
-        """Queue all samples of a request; they start with the next step. Raises Rejected."""
+        """Queue all samples of a request (and its greedy one); they start with the next step. Raises Rejected."""
 
     def step(self) -> list[Group]:
         """One decoding step of everything in flight; the groups whose last sample finished in it."""
@@ -130,7 +130,7 @@ class FakeEngine:
     def add(self, request: GroupRequest) -> None:
         check_length(request, self.spec.max_model_len)
         blank = Completion((), (), (), "", "abort")
-        self._flight[request.id] = (request, [blank] * len(request.seeds))
+        self._flight[request.id] = (request, [blank] * (len(request.seeds) + request.greedy))
 
     def step(self) -> list[Group]:
         self._steps += 1
@@ -141,9 +141,9 @@ class FakeEngine:
         for request, completions in list(self._flight.values()):
             for i, completion in enumerate(completions):
                 if completion.finish_reason == "abort":
-                    completions[i] = self._extend(request, completion, request.seeds[i])
+                    completions[i] = self._extend(request, completion, (*request.seeds, 0)[i])
             if all(c.finish_reason != "abort" for c in completions):
-                done.append(Group(request.id, request.prompt, tuple(completions), request.attempt))
+                done.append(finished(request, completions))
                 del self._flight[request.id]
         return done
 
@@ -185,6 +185,13 @@ class FakeEngine:
 
     def close(self) -> None:
         self._flight.clear()
+
+
+def finished(request: GroupRequest, completions: Sequence[Completion]) -> Group:
+    """The group of a request from its completions, in the order of the seeds; a greedy one comes last."""
+    drawn = tuple(completions[: len(request.seeds)])
+    group = Group(request.id, request.prompt, drawn, request.attempt)
+    return replace(group, greedy=replace(group, completions=(completions[-1],))) if request.greedy else group
 
 
 def check_length(request: GroupRequest, max_model_len: int) -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from actors.engine import EngineBroken, EngineSpec, Rejected, check_length
+from actors.engine import EngineBroken, EngineSpec, Rejected, check_length, finished
 from actors.weights import Broadcast, Refused, Snapshot, verify
 from core.schema import Completion, Group, GroupRequest, Sampling
 
@@ -69,9 +69,9 @@ class VLLMEngine:
         prompt = tokens_input(list(request.prompt.token_ids), cache_salt=f"v{self.version}")
         added = []
         try:
-            for sample, seed in enumerate(request.seeds):
+            for sample, (sampling, seed) in enumerate(_draws(request)):
                 name = f"{request.id}/{sample}"
-                self._llm.add_request(name, prompt, _sampling_params(request.sampling, seed))
+                self._llm.add_request(name, prompt, _sampling_params(sampling, seed))
                 added.append(name)
         except (VLLMClientError, ValueError, TypeError) as error:  # vLLM's validation of a request
             self._llm.abort_request(added)
@@ -84,10 +84,9 @@ class VLLMEngine:
             name, _, sample = output.request_id.rpartition("/")
             pending = self._pending[name]
             pending.done[int(sample)] = self._completion(output.outputs[0])
-            if len(pending.done) == len(pending.request.seeds):
+            if len(pending.done) == len(_draws(pending.request)):
                 del self._pending[name]
-                completions = tuple(pending.done[i] for i in range(len(pending.done)))
-                groups.append(Group(name, pending.request.prompt, completions, pending.request.attempt))
+                groups.append(finished(pending.request, [pending.done[i] for i in range(len(pending.done))]))
         return groups
 
     def _completion(self, output) -> Completion:
@@ -108,7 +107,7 @@ class VLLMEngine:
     def abort(self, ids: Collection[str]) -> None:
         for name in ids:
             if (pending := self._pending.pop(name, None)) is not None:
-                samples = set(range(len(pending.request.seeds))) - pending.done.keys()
+                samples = set(range(len(_draws(pending.request)))) - pending.done.keys()
                 self._llm.abort_request([f"{name}/{sample}" for sample in samples])
 
     def unfinished(self) -> tuple[int, int]:
@@ -201,6 +200,12 @@ def _engine_args(spec: EngineSpec):
         weight_transfer_config=WeightTransferConfig(backend=spec.weight_transfer),
         worker_extension_cls="actors.vllm_weights.WorkerExtension",
     )
+
+
+def _draws(request: GroupRequest) -> list[tuple[Sampling, int]]:
+    """How each sample of a request is drawn: the seeds', then the greedy one."""
+    drawn = [(request.sampling, seed) for seed in request.seeds]
+    return [*drawn, (replace(request.sampling, temperature=0.0), 0)] if request.greedy else drawn
 
 
 def _sampling_params(sampling: Sampling, seed: int):

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from algos.advantages import advantages as estimators
+from algos.advantages import group as group_advantage
 from algos.batch import select
 from algos.masked import masked_mean, per_token
 
@@ -108,7 +110,7 @@ def mixing_share(
     f is the share of rows whose `score` [B] exceeds `score_threshold`; none: alpha = 0 (ours; the release divides by
     zero).
     """
-    good = (score > score_threshold).to(score.dtype).mean()
+    good = (score > score_threshold).to(score.dtype).sum() / max(len(score), 1)
     a0 = min(abs(entropy_target - entropy), alpha_cap) / good
     return torch.where(good > 0, a0 / (1 + a0), torch.zeros_like(good))
 
@@ -131,3 +133,35 @@ def mixed_advantage(
     good = per_token((score > score_threshold).to(old_logprobs.dtype), mask)
     tempered = select(mask, tempered_logprobs - old_logprobs).exp()
     return select(mask, (1 - alpha) * per_token(advantages, mask) + alpha * good * tempered).detach()
+
+
+@estimators
+def aepo(
+    rewards: Tensor,
+    group: Tensor,
+    lengths: Tensor,
+    tempered_logprobs: Tensor,
+    old_logprobs: Tensor,
+    entropy_average: float,
+    mask: Tensor,
+    *,
+    entropy_target: float = 0.5,
+    alpha_cap: float = 0.1,
+    score_threshold: float = 0.05,
+    eps: float = 1e-6,
+) -> Tensor:
+    """A' = (1 - alpha) A + alpha good exp(l_T - l): A that of GRPO, good where R > score_threshold.
+
+    alpha is `mixing_share`. Good rows are reinforced as if they had been drawn at `tempering` times the temperature:
+    hotter where the entropy is below its target. Source: AEPO, arXiv 2510.08141.
+    """
+    score, old = rewards.nan_to_num(), old_logprobs.double()
+    alpha = mixing_share(
+        entropy_average,
+        score[~torch.isnan(rewards)],
+        entropy_target=entropy_target,
+        score_threshold=score_threshold,
+        alpha_cap=alpha_cap,
+    )
+    plain = group_advantage(rewards, group, lengths, eps=eps).nan_to_num()
+    return mixed_advantage(alpha, score, plain, tempered_logprobs.double(), old, mask, score_threshold=score_threshold)

@@ -59,20 +59,28 @@ class Batch:
     given_advantages: Tensor | None = None  # [B] or [B, T], computed elsewhere
     given_weights: Tensor | None = None  # [B, T], computed elsewhere
     greedy_rewards: Tensor | None = None  # [B] reward of the prompt's greedy completion
-    baselines: Tensor | None = None  # [B] running estimate of the prompt's reward, kept by whoever keeps state
+    baselines: Tensor | None = None  # [B] what the prompt's reward is compared with: from a memory, or from the data
     bootstrap: Tensor | None = None  # [B] value after the last token; 0 where the episode ended
     answers: Tensor | None = None  # [B] int64, equal for equal final answers; "no answer" is a class of its own
     accuracy: Tensor | None = None  # [B] raw correctness for filters; absent: the rewards before shaping
     reward_weights: Tensor | None = None  # [R] weights of the components; absent: 1 each
+    tempered_logprobs: Tensor | None = None  # [B, T] of the learner before this step, at `tempering` x the temperature
+    divergence: Tensor | None = None  # [B, T] how far the group's next-token distributions are apart at this position
+    prompts: tuple[str, ...] = ()  # of each row: a name of its prompt that is the same in every pass over the data
     version: int = 0  # weight version that this step starts from
     seed: int = 0  # of this step, for the parts that draw at random
-    entropy_coef: float | None = None  # from an entropy controller; absent: the method's own
+
+    # What memories fill (`algos.memory`).
+    entropy_coef: float | None = None  # of the entropy term; absent: the method's own
+    entropy_average: float | None = None  # nats per token
+    tempering: float | None = None  # factor of the temperature for tempered_logprobs
 
     # What `advantages` fills.
     kept: Tensor | None = None  # [B] bool, rows of groups that passed the filter
     channels: tuple[Channel, ...] = ()
     pass_rate: Tensor | None = None  # [B] mean raw reward of the row's group
     positive: Tensor | None = None  # [B] bool, raw reward above 0
+    scored: Tensor | None = None  # [B] bool, raw reward is not NaN
     returns: Tensor | None = None  # [B, T] targets of the value loss
     count_mask: Tensor | None = None  # [B, T] bool, tokens that denominators count
     loss_mask: Tensor | None = None  # [B, T] bool, tokens in the loss
@@ -92,6 +100,7 @@ class Batch:
     kl_scale: Tensor | None = None  # [B] the same for the KL term
     mean_scale: Tensor | None = None  # [B] the same for plain token means (entropy)
     value_scale: Tensor | None = None  # [B] the same for the value loss
+    row_scale: Tensor | None = None  # [B] weight of a row in a mean over the scored rows with tokens in the loss
     kl_coef: Tensor | None = None  # [] coefficient of the KL term
 
     @property

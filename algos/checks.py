@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from algos.advantages import advantages
 from algos.aggregation import aggregations
+from algos.memory import fills
 from algos.method import Method
 from core.errors import UserError, nearest
 from core.registry import options_of
@@ -85,15 +86,50 @@ def _rows_whiten_rows(m: Method) -> str | None:
 
 
 def _late_advantages_stay_raw(m: Method) -> str | None:
-    if m.late_advantage and (m.whiten or m.combine or m.value):
-        return f"advantage {m.advantage.name} is computed late: whiten, combine and value do not apply"
+    if m.late_advantage and (m.whiten or m.combine):
+        return f"advantage {m.advantage.name} is computed late: whiten and combine do not apply"
+    return None
+
+
+def _a_critic_has_targets(m: Method) -> str | None:
+    gives = "WithReturns" in str(inspect.signature(m.advantage.function).return_annotation)
+    if m.value and not gives:
+        return f"value trains a critic, for which advantage {m.advantage.name} has no targets; use gae or vtrace"
+    return None
+
+
+def _a_token_reward_model_is_read(m: Method) -> str | None:
+    if m.credit and not any("token_scores" in part.inputs for part in m.token_weight):
+        return "credit trains a token reward model that nothing reads; add token_weight: [oreal], or leave it out"
+    return None
+
+
+def _what_a_memory_fills_is_read(m: Method) -> str | None:
+    filled = [field for part in m.memory for field in fills[part.name]]
+    if twice := {field for field in filled if filled.count(field) > 1}:
+        return f"two memories fill {', '.join(sorted(twice))}; keep one of {', '.join(p.name for p in m.memory)}"
+    if "entropy_coef" in filled and m.entropy is None:
+        return "the memory adapts the coefficient of an entropy term that is none; set entropy: bonus"
+    tempered = "tempered_logprobs" in m.advantage.inputs
+    if tempered != ("tempering" in filled):
+        return "advantage aepo and memory entropy_level go together; set both or none"
     return None
 
 
 def _one_channel_is_whitened(m: Method) -> str | None:
     several = "Channel" in str(inspect.signature(m.advantage.function).return_annotation)
-    if several and (m.whiten or m.combine or m.value):
-        return f"advantage {m.advantage.name} gives several channels: whiten, combine and value do not apply"
+    if several and (m.whiten or m.combine):
+        return f"advantage {m.advantage.name} gives several channels: whiten and combine do not apply"
+    return None
+
+
+def _losses_weigh_demonstrations(m: Method) -> str | None:
+    weighing = [part.name for part in m.token_weight if part.name.startswith("by_")]
+    if weighing and m.data != "demonstrations":
+        return (
+            f"token_weight {weighing[0]} weighs completions by their loss, which says something of demonstrations "
+            "only; set data: demonstrations, or leave it out"
+        )
     return None
 
 
@@ -126,7 +162,11 @@ CHECKS: tuple[Check, ...] = (
     _known_kl_mode,
     _rows_whiten_rows,
     _late_advantages_stay_raw,
+    _a_critic_has_targets,
+    _a_token_reward_model_is_read,
+    _what_a_memory_fills_is_read,
     _one_channel_is_whitened,
+    _losses_weigh_demonstrations,
     _covariance_rules_exclude_each_other,
     _guard_weight_has_its_ratio,
 )

@@ -6,7 +6,7 @@ recursion nor consume a discount factor. After the last valid token the value is
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,11 +65,18 @@ def greedy_baseline(
     return select(mask, (rewards - greedy_rewards)[:, None] + penalty)
 
 
+class WithReturns(NamedTuple):
+    """What an estimator with a critic gives: advantages and the targets of the value loss, both [B, T]."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
 @advantages
-def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 1.0) -> Tensor:
+def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 1.0) -> WithReturns:
     """Generalised advantages: delta_t = r_t + gamma V_(t+1) - V_t; A_t = delta_t + gamma lam A_(t+1).
 
-    A truncated row is not bootstrapped. Source: arXiv 1506.02438.
+    The critic's targets are A + V. A truncated row is not bootstrapped. Source: arXiv 1506.02438.
     """
     rewards, values = select(mask, token_rewards), select(mask, values).to(token_rewards.dtype)
     zero = torch.zeros_like(rewards[:, 0])
@@ -79,7 +86,7 @@ def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1
         advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         out[:, t] = advantage
-    return select(mask, out)
+    return WithReturns(select(mask, out), select(mask, out + values))
 
 
 @advantages
@@ -163,11 +170,14 @@ def vtrace(
     rho_bar: float = 1.0,
     c_bar: float = 1.0,
     pg_rho_bar: float = 1.0,
-) -> Tensor:
-    """V-trace advantages from the current log-probabilities; see `vtrace_targets`."""
+) -> WithReturns:
+    """V-trace advantages and targets from the current log-probabilities; see `vtrace_targets`."""
     log_ratio = select(mask, logprobs) - select(mask, behaviour_logprobs)
     bounds = {"rho_bar": rho_bar, "c_bar": c_bar, "pg_rho_bar": pg_rho_bar}
-    return vtrace_targets(log_ratio, token_rewards, values, bootstrap, mask, gamma=gamma, lam=lam, **bounds)[1]
+    targets, advantage = vtrace_targets(
+        log_ratio, token_rewards, values, bootstrap, mask, gamma=gamma, lam=lam, **bounds
+    )
+    return WithReturns(advantage, targets)
 
 
 @value_losses

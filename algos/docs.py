@@ -1,4 +1,7 @@
-"""docs/methods.md from the code: `python -m algos.docs` prints it, `python -m algos.docs docs/methods.md` writes it."""
+"""docs/methods.md from the code: `python -m algos.docs` prints it, `python -m algos.docs docs/methods.md` writes it.
+
+Beside it goes weights.svg, the picture of the trust-region rules.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from algos.method import PIECES, SETTINGS, Row
 from algos.methods import MODIFIERS, ROWS, methods
 from algos.metrics import METRICS
 from algos.parts import Part
+from algos.weight_plot import svg
 from core.registry import Registry, options_text
 
 _CHOSEN = {"baseline": baselines, "scale": scales, "estimator": estimators, "gradient": gradients}
@@ -41,6 +45,12 @@ current log-probability of a token, old that of the learner before the step, rol
 it, ref that of the reference; R a reward, A an advantage, rho a ratio, delta a difference of log-probabilities, sg
 stop-gradient. Group statistics are float64; an unscorable completion is in no statistic and has advantage 0, and so
 has a group whose rewards are all equal where peers are the baseline.
+
+![The weight function of every row](weights.svg)
+
+A panel is a trust-region rule, with its rows below it: the height W of a line says how strongly a token whose ratio has
+become rho is still pushed, up where A > 0 (thick line) and down where A < 0 (thin line). At W = 1 it is plain policy
+gradient and at W = rho the importance ratio; at W = 0 the token is clipped, and below 0 it is pushed the other way.
 
 Confidence: **A** read from the authors' code, **B** from a widely used public trainer, **C** from papers or others;
 **num**: numbers compared with that code; **adaptation**: an idea from elsewhere, the form for completions is ours.
@@ -137,6 +147,8 @@ def _cell(text: str) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(page(), encoding="utf-8")
+        target = Path(sys.argv[1])
+        target.write_text(page(), encoding="utf-8")
+        target.with_name("weights.svg").write_text(svg(), encoding="utf-8")
     else:
         print(page(), end="")

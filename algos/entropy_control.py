@@ -49,6 +49,15 @@ def entropy_sft_tokens(
     return largest(score, mask, max(int(token_ratio * int(mask.sum())), 1))
 
 
+@rejections
+def entropy_sft(
+    old_logprobs: Tensor, entropy: Tensor, mask: Tensor, *, token_ratio: float = 0.8, entropy_coef: float = 0.8
+) -> Tensor:
+    """`entropy_sft_tokens` of demonstrations, with ce = -l of the policy before the step."""
+    ce = -select(mask, old_logprobs)
+    return entropy_sft_tokens(ce, select(mask, entropy), mask, token_ratio=token_ratio, entropy_coef=entropy_coef)
+
+
 def entropy_sft_loss(ce: Tensor, kept: Tensor, *, token_ratio: float = 0.8, num_items: int | None = None) -> Tensor:
     """Mean cross-entropy of the kept tokens, a scalar.
 

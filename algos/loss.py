@@ -1,17 +1,20 @@
 """The composed objective: executes the parts of a method, in the order of their definition.
 
-    batch  = advantages(method, batch)              once per step, on all its rows
+    batch, states = remember(method, batch, states) once per step, on all its rows
+    batch  = advantages(method, batch)              once per step, after it
     mini   = normalise(method, batch.rows(index))   once per update (or `late`, if "late" in method.needs)
     output = loss(method, mini.rows(i), logprobs)   per micro-batch; parts are summed over micro-batches and ranks
 
     loss = aggregate( token_weight * correction * sum_c w_c surrogate(ratio, A_c) ) + coef * KL - coef * entropy
+           + the losses of the critic and of the token reward model
 
-Only current log-probabilities (and entropy, values) carry gradient. Denominators are those of the whole update, so the
-loss does not depend on the split into micro-batches. Masked cells may hold anything.
+Only current log-probabilities (and entropy, values, token scores) carry gradient. Denominators are those of the whole
+update, so the loss does not depend on the split into micro-batches. Masked cells may hold anything.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +23,9 @@ from torch import Tensor
 
 from algos.aggregation import Counts, aggregations, weighted_sum
 from algos.batch import Batch, Channel, Metrics, select
-from algos.critic import outcome_at_end
+from algos.critic import WithReturns, outcome_at_end
 from algos.groups import Groups
+from algos.memory import State
 from algos.method import Method
 from algos.metrics import mean_over, mismatch, update
 from algos.parts import Part, supply
@@ -39,6 +43,15 @@ class LossOutput:
     policy: Tensor  # [] aggregated policy term
     token_kl: Tensor | None = None  # [B, T]
     kl: Tensor | None = None  # [] aggregated KL term, not multiplied by its coefficient
+
+
+def remember(method: Method, batch: Batch, states: Sequence[State]) -> tuple[Batch, list[State]]:
+    """Before `advantages`: the batch with what the method's memories fill, and their next states; {} at the start."""
+    following: list[State] = []
+    for part, state in zip(method.memory, states, strict=True):
+        filled, state = part(batch, state=state)
+        batch, following = replace(batch, **filled), [*following, state]
+    return batch, following
 
 
 def advantages(method: Method, batch: Batch) -> Batch:
@@ -85,6 +98,7 @@ def normalise(method: Method, minibatch: Batch) -> Batch:
             counts = Counts.of(mask & rows[:, None], group, kept & rows)
             scale = scale + select(rows, factor * aggregate(minibatch, counts=counts))
     token_mean = 1 / plain.tokens.clamp(min=1).expand(len(group))
+    judged = _filled(minibatch.loss_mask).any(1) & _filled(minibatch.scored)
     mode = method.kl.option("mode") if method.kl else None
     return replace(
         minibatch,
@@ -92,14 +106,20 @@ def normalise(method: Method, minibatch: Batch) -> Batch:
         kl_scale=whole if mode is None else aggregations[mode](plain),
         mean_scale=token_mean,
         value_scale=token_mean,
+        row_scale=judged / judged.sum().clamp(min=1),
         kl_coef=scale.new_tensor(method.kl.option("coef")) if method.kl else None,
     )
 
 
 def loss(
-    method: Method, rows: Batch, logprobs: Tensor, entropy: Tensor | None = None, values: Tensor | None = None
+    method: Method,
+    rows: Batch,
+    logprobs: Tensor,
+    entropy: Tensor | None = None,
+    values: Tensor | None = None,
+    token_scores: Tensor | None = None,
 ) -> LossOutput:
-    """The part of the update's loss that comes from `rows`; logprobs, entropy, values [B, T] with gradient.
+    """The part of the update's loss that comes from `rows`; logprobs and the three others [B, T] with gradient.
 
     `rows.old_logprobs` None says that the weights have not changed since the step began: the ratio is 1.
     """
@@ -112,9 +132,11 @@ def loss(
         total = total + _filled(rows.kl_coef).to(kl.dtype) * kl
     if method.entropy:
         total = total - _entropy_bonus(method.entropy, rows, mask, entropy)
+    metrics: dict[str, Any] = {**update(current, rows.ref_logprobs, entropy), **_clip_metrics(method, rows, current)}
     if method.value:
-        total = total + _value_loss(method.value, rows, mask, values)
-    metrics = {**update(current, rows.ref_logprobs, entropy), **_clip_metrics(method, rows, current)}
+        total = total + _value_loss(method.value, rows, mask, values, metrics)
+    if method.credit:
+        total = total + _credit_loss(method.credit, rows, mask, token_scores, metrics)
     if rows.old_logprobs is None and rows.rollout_logprobs is not None:  # else `advantages` has told
         metrics |= mismatch(logprobs.detach(), rows.rollout_logprobs, mask)
     if rows.token_weight is not None:
@@ -135,7 +157,8 @@ def _filtered(method: Method, batch: Batch) -> Batch:
     mask = batch.mask & counted[:, None]
     groups = Groups.of(batch.group, raw)
     rate = groups.spread(groups.mean(raw))
-    return replace(batch, kept=kept, count_mask=mask, loss_mask=mask, pass_rate=rate, positive=raw > 0)
+    batch = replace(batch, pass_rate=rate, positive=raw > 0, scored=~torch.isnan(raw))
+    return replace(batch, kept=kept, count_mask=mask, loss_mask=mask)
 
 
 def _with_channels(method: Method, batch: Batch, **current: Tensor) -> Batch:
@@ -146,8 +169,7 @@ def _with_channels(method: Method, batch: Batch, **current: Tensor) -> Batch:
 
     def estimate(rewards: Tensor) -> Any:
         rewards = torch.where(alive, rewards, torch.full_like(rewards, torch.nan))
-        rewards, token_rewards = _shaped(method, batch, rewards)
-        known = {"rewards": rewards, "token_rewards": token_rewards, "mask": mask, **current}
+        known = {"mask": mask, **_shaped(method, batch, rewards), **current}
         return method.advantage(batch, **known)
 
     if method.combine and batch.rewards.dim() == 2:
@@ -160,23 +182,31 @@ def _with_channels(method: Method, batch: Batch, **current: Tensor) -> Batch:
     if isinstance(result, list):
         channels = [Channel(select(member, c.advantages), select(scored, c.weight)) for c in result]
         return replace(batch, channels=tuple(channels))
+    if isinstance(result, WithReturns):
+        # An unscorable row has no target: the critic is to stay where it is.
+        targets = torch.where(member, result.returns, select(batch.mask, _filled(batch.values)).double())
+        batch, result = replace(batch, returns=targets), result.advantages
     raw = select(member, _broadcast(result.detach().double(), member))
-    if method.value:
-        batch = replace(batch, returns=raw + select(member, _filled(batch.values)))
     white = _whitened(method, result, raw, scored, member) if method.whiten else raw
     return replace(batch, channels=(Channel(white, torch.ones_like(white[:, 0])),))
 
 
-def _shaped(method: Method, batch: Batch, rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewards [B] and token rewards [B, T] after shaping; without any, the outcome sits on the last valid token."""
+def _shaped(method: Method, batch: Batch, rewards: Tensor) -> dict[str, Tensor]:
+    """Rewards [B] and token rewards [B, T] after shaping; without any, the outcome sits on the last valid token.
+
+    A greedy completion's reward is shaped with the others, by what reads nothing else of a completion.
+    """
     outcome = [part for part in method.shaping if "token_rewards" not in part.inputs]
+    greedy = None if batch.greedy_rewards is None else batch.greedy_rewards.double()
     for part in outcome:
         rewards = part(batch, rewards=rewards)
+        greedy = part(batch, rewards=greedy) if greedy is not None and part.inputs == ("rewards",) else greedy
     given = batch.token_rewards
     token_rewards = outcome_at_end(rewards, batch.mask) if given is None else given.double()
     for part in method.shaping[len(outcome) :]:
         token_rewards = part(batch, token_rewards=token_rewards)
-    return rewards, token_rewards
+    shaped = {"rewards": rewards, "token_rewards": token_rewards}
+    return shaped if greedy is None else {**shaped, "greedy_rewards": greedy}
 
 
 def _whitened(method: Method, result: Tensor, raw: Tensor, scored: Tensor, member: Tensor) -> Tensor:
@@ -219,6 +249,8 @@ def _weighted(method: Method, batch: Batch, **current: Tensor) -> Batch:
 def _step_metrics(batch: Batch) -> Metrics:
     kept = _filled(batch.kept)
     metrics = {"policy/filtered": mean_over(~kept, torch.ones_like(kept))}
+    known = {"policy/entropy_coef": batch.entropy_coef, "policy/entropy_average": batch.entropy_average}
+    metrics |= {name: (torch.tensor(value), torch.tensor(1.0)) for name, value in known.items() if value is not None}
     if batch.channels:
         silent = torch.stack([(c.advantages == 0).all(1) | (c.weight == 0) for c in batch.channels]).all(0)
         metrics["policy/silent"] = mean_over(silent, kept)
@@ -278,11 +310,24 @@ def _entropy_bonus(part: Part, rows: Batch, mask: Tensor, entropy: Tensor | None
     return coef * weighted_sum(part(rows, entropy=entropy), mask, _filled(rows.mean_scale))
 
 
-def _value_loss(part: Part, rows: Batch, mask: Tensor, values: Tensor | None) -> Tensor:
+def _value_loss(part: Part, rows: Batch, mask: Tensor, values: Tensor | None, metrics: dict[str, Any]) -> Tensor:
     values = select(mask, _filled(values))
     old, returns = (select(mask, _filled(x)).to(values.dtype) for x in (rows.values, rows.returns))
     errors = part(rows, values=values, old_values=old, returns=returns)
+    metrics["critic/loss"] = mean_over(errors, mask)
+    metrics["critic/unexplained"] = mean_over((returns - values) ** 2, mask)
+    metrics["critic/value"] = mean_over(values, mask)
     return part.option("coef") * weighted_sum(errors, mask, _filled(rows.value_scale))
+
+
+def _credit_loss(part: Part, rows: Batch, mask: Tensor, scores: Tensor | None, metrics: dict[str, Any]) -> Tensor:
+    """The rows' parts of the token reward model's loss; its scores are as often right as it is worth anything."""
+    scores, scale, positive = select(mask, _filled(scores)), _filled(rows.row_scale), _filled(rows.positive)
+    judged = scale > 0
+    losses = select(judged, part(rows, token_scores=scores, outcomes=positive, mask=mask))
+    metrics["token_reward_model/loss"] = mean_over(losses, judged)
+    metrics["token_reward_model/accuracy"] = mean_over((scores.sum(1) > 0) == positive, judged)
+    return (losses * scale.to(losses.dtype)).sum()
 
 
 def _clip_metrics(method: Method, rows: Batch, current: dict[str, Tensor]) -> Metrics:

@@ -20,11 +20,12 @@ from algos.corrections import corrections, proximals, rejections
 from algos.entropy import entropy_terms
 from algos.filters import filters
 from algos.kl import penalties
+from algos.memory import fills, memories
 from algos.parts import Part
 from algos.ratios import ratios
 from algos.statistics import companion
 from algos.surrogates import surrogates
-from algos.token_weights import token_weights
+from algos.token_weights import credit_losses, token_weights
 from core.errors import UserError, nearest
 from core.registry import Registry, check_options, options_of
 
@@ -54,6 +55,7 @@ class Row:
 
 
 PIECES = {
+    "memory": Piece(memories, "what is kept from step to step, in the checkpoint", many=True),
     "filter": Piece(filters, "which groups are worth training on (the rollout loop may ask for more)"),
     "shaping": Piece(shaping.shapings, "changes of the reward before the advantage, in order", many=True),
     "combine": Piece(combinations, "how several reward components become one advantage"),
@@ -70,6 +72,7 @@ PIECES = {
     "partition": Piece(partitions, "separate denominators for kinds of rows", plain="sign"),
     "entropy": Piece(entropy_terms, "entropy bonus", plain="bonus"),
     "value": Piece(critic.value_losses, "loss of the critic", plain="squared"),
+    "credit": Piece(credit_losses, "loss of the token reward model", plain="outcome"),
 }
 
 SETTINGS: dict[str, tuple[Any, ...]] = {  # first value: the default
@@ -84,7 +87,7 @@ _NEEDS = {
     **{"entropy": "entropy", "values": "values", "greedy_rewards": "greedy", "baselines": "baselines"},
     **{"answers": "answers", "token_scores": "token_scores", "sum_pi_sq": "sum_pi_sq", "bootstrap": "bootstrap"},
     **{"versions": "versions", "given_advantages": "given", "given_weights": "given", "components": "components"},
-    **{"old_values": "values", "logprobs": "late"},
+    **{"old_values": "values", "logprobs": "late", "tempered_logprobs": "tempered", "divergence": "divergence"},
 }
 
 
@@ -109,6 +112,8 @@ class Method:
     partition: Part | None = None
     entropy: Part | None = None
     value: Part | None = None
+    credit: Part | None = None
+    memory: tuple[Part, ...] = ()
     drop_truncated: bool = False
     numerator: str = "old"
     denominator: str = "original"
@@ -121,13 +126,17 @@ class Method:
 
         old: batch.old_logprobs, the policy before this step. early_old: `advantages` reads it; without early_old, a
         step that is a single update may leave old_logprobs None (it equals the current one).
-        rollout, ref, values: the fields of that name. entropy: batch.entropy, read by `advantages`. entropy_grad: the
-        argument `entropy` of `loss`. critic: the argument `values` of `loss`. late: call `late` instead of `normalise`.
-        demonstrations: train on given completions. components: rewards [B, R] instead of totals.
-        greedy, answers, token_scores, sum_pi_sq, baselines, bootstrap, versions, given: the fields of that name.
+        rollout, ref, values, token_scores: the fields of that name. entropy: batch.entropy, read by `advantages`.
+        entropy_grad, critic, credit: the arguments `entropy`, `values`, `token_scores` of `loss`. late: call `late`
+        instead of `normalise`. tempered: log-probs at batch.tempering, which a memory fills. demonstrations: train on
+        given completions. components: rewards [B, R] instead of totals.
+        greedy, answers, sum_pi_sq, divergence, baselines, bootstrap, versions, given: the fields of that name.
         """
         judges = tuple(part for part in (self.correction, *self.reject) if part)
-        names = {_NEEDS[name] for part in (*self.early_parts, *judges) for name in part.inputs if name in _NEEDS}
+        readers = (*self.memory, *self.early_parts, *judges)
+        filled = {field for part in self.memory for field in fills[part.name]}
+        read = {name for part in readers for name in part.inputs} - filled
+        names = {_NEEDS[name] for name in read if name in _NEEDS}
         compare = any("numerator_logprobs" in part.inputs for part in judges)
         if "old" in names or (compare and self.numerator == "old"):
             names |= {"old", "early_old"}
@@ -141,7 +150,7 @@ class Method:
             names -= {"old", "early_old"}
         if self.late:
             names.add("late")
-        extra = {"entropy_grad": self.entropy, "critic": self.value, "values": self.value}
+        extra = {"entropy_grad": self.entropy, "critic": self.value, "values": self.value, "credit": self.credit}
         names |= {name for name, part in extra.items() if part}
         return frozenset(names | ({"demonstrations"} if self.data == "demonstrations" else set()))
 

@@ -215,10 +215,10 @@ ROWS: dict[str, Row] = {
     ),
     "vtrace": Row(
         "Off-policy actor-critic with truncated importance weights.",
-        {"advantage": "vtrace", "surrogate": "reinforce"},
+        {"advantage": "vtrace", "surrogate": "reinforce", "value": {"squared": {"clip": None}}},
         "IMPALA, arXiv 1802.01561",
         "B num",
-        "The policy term only; `critic.vtrace_targets` gives the value targets.",
+        "A completion that the length limit cut off is not bootstrapped.",
     ),
     "ngrpo": Row(
         "An imagined perfect completion in every group: all-wrong groups push down. Rewards up to 1.",
@@ -258,10 +258,12 @@ ROWS: dict[str, Row] = {
             "token_weight": [{"oreal": {"threshold": 0.5}}],
             "kl": {"in_loss": {"coef": 0.01, "estimator": "k3", "gradient": "naive"}},
             "partition": {"sign": {"pos_factor": 1.0, "neg_factor": 0.5}},
+            "credit": "outcome",
         },
         "OREAL, arXiv 2502.06781",
         "A num",
-        "Follows the released configuration: positives are multiplied by their advantage.",
+        "Follows the released configuration: positives are multiplied by their advantage. Its first 10 steps, in which "
+        "only the reward model learns, are learner.token_reward_model.warmup_steps.",
     ),
     "drpo": Row(
         "Right against wrong rows of a group on mean log-probability; length reweighs right rows only. Rewards 0 or 1.",
@@ -325,10 +327,15 @@ ROWS: dict[str, Row] = {
     ),
     "spo": Row(
         "One completion per prompt against a running estimate, standardised over the step.",
-        {"advantage": "tracker", "whiten": {"sequence": {"eps": 1e-8}}, "surrogate": _clip(0.2, 0.28, 10.0)},
+        {
+            "memory": ["beta_tracker"],
+            "advantage": "tracker",
+            "whiten": {"sequence": {"eps": 1e-8}},
+            "surrogate": _clip(0.2, 0.28, 10.0),
+        },
         "Single-stream Policy Optimization, arXiv 2509.13232",
         "A",
-        "The per-prompt estimates come in as batch.baselines.",
+        "The estimates decay at a constant rate and prompts are not drawn by priority.",
     ),
     "dro": Row(
         "A quadratic pull to the old policy instead of a clip.",
@@ -348,7 +355,8 @@ ROWS: dict[str, Row] = {
         {"advantage": "a_star", "surrogate": "reinforce", "aggregation": SEQ_SUM},
         "A*-PO, arXiv 2505.20686",
         "B",
-        "The optimal values come in as batch.baselines (`coupled.optimal_value`). Gradient as published.",
+        "The optimal values, which `coupled.optimal_value` makes of the reference's rewards, are a column of the data "
+        "(data.baseline_column). Gradient as published.",
     ),
     "decoupled_ppo": Row(
         "PPO clip against the recomputed old policy, times the capped ratio of old to rollout policy.",

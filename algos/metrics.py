@@ -101,6 +101,41 @@ METRICS = {
         "falls while the task is too hard, rises when it is solved",
         "near 1: the prompts teach nothing any more; change their difficulty",
     ),
+    "policy/entropy_coef": Metric(
+        "coefficient of the entropy bonus that the method's memory chose for this step",
+        "0 while the entropy is above its target",
+        "at its upper bound for long: the bonus is too weak; raise the memory's `high`",
+    ),
+    "policy/entropy_average": Metric(
+        "running mean of -log pi over the sampled tokens, nats, as the method's memory keeps it",
+        "near the method's entropy_target",
+        "far from it for long: raise alpha_cap, or move t_high and t_low further from 1",
+    ),
+    "critic/loss": Metric(
+        "loss of the critic per valid token",
+        "falls, then follows the spread of the returns",
+        "growing: lower learner.critic.optimizer.lr, or give it warmup_steps",
+    ),
+    "critic/unexplained": Metric(
+        "mean squared difference of returns and values over valid tokens",
+        "below the variance of the returns",
+        "not below it: the critic knows nothing yet; give it learner.critic.warmup_steps",
+    ),
+    "critic/value": Metric(
+        "mean value over valid tokens",
+        "near reward/total",
+        "far from it: as critic/unexplained",
+    ),
+    "token_reward_model/loss": Metric(
+        "cross-entropy of the token reward model's judgement of whole completions, nats",
+        "falls below 0.69",
+        "at 0.69: it knows nothing yet; give it learner.token_reward_model.warmup_steps",
+    ),
+    "token_reward_model/accuracy": Metric(
+        "share of completions that the token reward model judges as the outcome does",
+        "above 0.5, rising",
+        "at 0.5: as token_reward_model/loss",
+    ),
     "policy/silent": Metric(
         "share of kept rows whose advantage is 0 on every token",
         "below 0.5",

@@ -1,4 +1,4 @@
-"""Modifiers: small changes that combine with every row of the table, one piece each; several stack.
+"""Modifiers: small changes that combine with every row of the table; several stack.
 
 resolve({"row": "dapo", "modifiers": ["tis", {"top_entropy": {"fraction": 0.1}}]})
 """
@@ -60,6 +60,12 @@ MODIFIERS: dict[str, Row] = {
         "DeepSeek-V3.2, arXiv 2512.02556",
         "B num",
     ),
+    "adaptive_entropy": Row(
+        "An entropy bonus whose coefficient grows while the entropy is below its target.",
+        {"memory": ["adaptive_entropy"], "entropy": "bonus"},
+        "Skywork-OR1, arXiv 2505.22312",
+        "A num",
+    ),
     "loglinear": Row(
         "An interpolation stands in for the old policy's forward pass.",
         {"proximal": "loglinear"},
@@ -76,16 +82,17 @@ MODIFIERS: dict[str, Row] = {
 
 
 def modified(pieces: Spec, name: str, options: Mapping[str, Any], where: str) -> Spec:
-    """`pieces` with a modifier on top; its options change those of the modifier's part."""
+    """`pieces` with a modifier on top; its options change those of its first part."""
     if name not in MODIFIERS:
         raise UserError(f"{where}: there is no modifier '{name}'; {nearest(name, MODIFIERS)}")
-    (key, value), *_ = MODIFIERS[name].spec.items()
-    if key in SETTINGS:
-        return {**pieces, key: value}
-    ((part, defaults),) = parse({key: value}, where)[key]
-    choice = (part, {**defaults, **options})
-    if PIECES[key].many:
-        return {**pieces, key: [*pieces.get(key, []), choice]}
-    if pieces.get(key):
-        raise UserError(f"{where}.{name}: {key} is already {pieces[key][0][0]}; a method has one {key}")
-    return {**pieces, key: [choice]}
+    for key, value in MODIFIERS[name].spec.items():
+        if key in SETTINGS:
+            pieces = {**pieces, key: value}
+            continue
+        ((part, defaults),) = parse({key: value}, where)[key]
+        taken = [] if PIECES[key].many else pieces.get(key, [])
+        if taken:
+            raise UserError(f"{where}.{name}: {key} is already {taken[0][0]}; a method has one {key}")
+        pieces = {**pieces, key: [*pieces.get(key, []), (part, {**defaults, **options})]}
+        options = {}
+    return pieces

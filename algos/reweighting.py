@@ -1,15 +1,18 @@
 """Rows of the table for methods that reweigh tokens, steer entropy or change the clip rule.
 
-Their parts register where they are defined: steer, covariance, entropy_control, grpo_guard, step_credit.
+Their parts register where they are defined: aepo, covariance, entropy_control, grpo_guard, sample_weights, steer,
+step_credit, tw_grpo.
 """
 
 from __future__ import annotations
 
-from algos import covariance, entropy_control, grpo_guard, steer, step_credit
+from algos import aepo, covariance, entropy_control, grpo_guard, sample_weights, steer, step_credit, tw_grpo
 from algos.method import Row
 
-assert covariance and entropy_control and grpo_guard and steer and step_credit  # imported because they register parts
+# Imported because they register parts.
+assert aepo and covariance and entropy_control and grpo_guard and sample_weights and steer and step_credit and tw_grpo
 
+DEMONSTRATIONS = {"data": "demonstrations", "advantage": "demonstration", "surrogate": "reinforce"}
 CLIP_HIGHER = {"ppo_clip": {"low": 0.2, "high": 0.28, "dual": 10.0}}
 
 ROWS: dict[str, Row] = {
@@ -72,5 +75,46 @@ ROWS: dict[str, Row] = {
         "Advantage Weighted Matching, arXiv 2509.25050",
         "adaptation",
         "The paper is about diffusion models; the language-model form is ours.",
+    ),
+    "aepo": Row(
+        "Right completions are reinforced as if drawn hotter or colder, to hold the entropy at a target.",
+        {"memory": ["entropy_level"], "advantage": "aepo", "surrogate": {"ppo_clip": {}}},
+        "AEPO, arXiv 2510.08141",
+        "A",
+        "The mixed-advantage form of the authors' repository, which draws no second batch; the entropy estimate is "
+        "averaged over steps.",
+    ),
+    "tw_grpo": Row(
+        "Positions at which the completions of a group disagree weigh more.",
+        {
+            "advantage": {"group": {"eps": 1e-4}},
+            "surrogate": {"ppo_clip": {}},
+            "token_weight": ["tw_grpo"],
+        },
+        "TW-GRPO, arXiv 2505.24718",
+        "A num (weights)",
+        "The weights are detached and those of the policy before the step; extremes are over the group's own "
+        "positions, padding left out.",
+    ),
+    "entropy_sft": Row(
+        "Likelihood of the demonstrations' tokens that still teach something: high loss for their entropy.",
+        {**DEMONSTRATIONS, "reject": ["entropy_sft"], "denominator": "kept"},
+        "Light-IF, arXiv 2508.03178",
+        "A num (tokens)",
+        "Tokens are chosen over the step, with the policy before it.",
+    ),
+    "loss_weighted_sft": Row(
+        "Demonstrations weigh by their loss: the easy ones less.",
+        {**DEMONSTRATIONS, "aggregation": "seq_mean_token_mean", "token_weight": ["by_loss"]},
+        "Dynamic Loss-Based Sample Reweighting, ICLR 2025",
+        "A num (weights)",
+        "Losses are those before the step.",
+    ),
+    "dro_sft": Row(
+        "Demonstrations weigh by the worst case within a KL ball: the hard ones more.",
+        {**DEMONSTRATIONS, "aggregation": "seq_mean_token_mean", "token_weight": ["by_worst_case"]},
+        "Doubly Robust Instance-Reweighted Adversarial Training, arXiv 2308.00311",
+        "C",
+        "Reconstructed from the closed form; losses are those before the step.",
     ),
 }

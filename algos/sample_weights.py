@@ -12,6 +12,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from algos.batch import select
+from algos.token_weights import token_weights
+
 Strategy = Literal["linupper", "quadratic", "extremes", "upper", "uniform"]
 
 _STRATEGIES: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -51,6 +54,22 @@ def loss_weights(
     if step < burn_in or strategy == "uniform":
         return torch.full_like(losses.detach(), 1 / len(losses))
     return (loss_scores(losses, strategy=strategy, delta=delta) / temperature).softmax(-1)
+
+
+@token_weights
+def by_loss(
+    old_logprobs: Tensor,
+    mask: Tensor,
+    version: int,
+    *,
+    strategy: Strategy = "linupper",
+    delta: float = 1.0,
+    temperature: float = 1.0,
+    burn_in: int = 1000,
+) -> Tensor:
+    """`loss_weights` of the step's n demonstrations times n, so that their mean is 1; losses before the step."""
+    options: dict[str, Any] = {"strategy": strategy, "delta": delta, "temperature": temperature, "burn_in": burn_in}
+    return _by_row_loss(old_logprobs, mask, lambda losses: loss_weights(losses, version, **options))
 
 
 class TrajectoryWeights(NamedTuple):
@@ -180,6 +199,22 @@ def kl_dro_weights(losses: Tensor, *, lambda_: float = 1.0) -> Tensor:
     each sample for group-DRO. Wrong labels get the largest weights: not for noisy data.
     """
     return (losses.detach() / lambda_).softmax(-1)
+
+
+@token_weights
+def by_worst_case(old_logprobs: Tensor, mask: Tensor, *, lambda_: float = 1.0) -> Tensor:
+    """`kl_dro_weights` of the step's n demonstrations times n, so that their mean is 1; losses before the step."""
+    return _by_row_loss(old_logprobs, mask, lambda losses: kl_dro_weights(losses, lambda_=lambda_))
+
+
+def _by_row_loss(logprobs: Tensor, mask: Tensor, weigh: Callable[[Tensor], Tensor]) -> Tensor:
+    """`weigh` of the mean token losses of the n rows with tokens, times n, on their tokens; [B, T]."""
+    rows = mask.any(1)
+    factors = torch.zeros(len(rows), dtype=torch.float64, device=mask.device)
+    if rows.any():
+        losses = -select(mask, logprobs).double().sum(1) / mask.sum(1).clamp(min=1)
+        factors[rows] = weigh(losses[rows]) * rows.sum()
+    return factors[:, None].expand(mask.shape)
 
 
 def kl_dro_objective(losses: Tensor, *, lambda_: float = 1.0) -> Tensor:

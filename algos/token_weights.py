@@ -12,6 +12,7 @@ from algos.batch import select
 from core.registry import Registry
 
 token_weights = Registry("token weight")
+credit_losses = Registry("token reward model loss")
 
 
 @token_weights
@@ -65,11 +66,12 @@ def oreal(token_scores: Tensor, mask: Tensor, positive: Tensor, *, threshold: fl
     return ((share - threshold) / (1 - threshold)).clamp(0, 1)
 
 
-def token_reward_model_loss(token_scores: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
-    """Of OREAL: mean over rows of BCE(sigmoid(mean_t score), outcome); scores are logits [B, T], rewards 0 or 1 [B]."""
-    counted = mask.any(1) & ~torch.isnan(rewards)
+@credit_losses
+def outcome(token_scores: Tensor, outcomes: Tensor, mask: Tensor) -> Tensor:
+    """Per row BCE(sigmoid(mean_t score), outcome), [B]; scores are logits [B, T], outcomes 0 or 1 [B]; the loss is the
+    mean over the scored rows with tokens in the loss.
+
+    Only the token reward model has a gradient from it. Source: OREAL, arXiv 2502.06781.
+    """
     mean = select(mask, token_scores).sum(1) / mask.sum(1).clamp(min=1)
-    losses = torch.nn.functional.binary_cross_entropy_with_logits(
-        mean, select(counted, rewards).to(mean.dtype), reduction="none"
-    )
-    return select(counted, losses).sum() / counted.sum().clamp(min=1)
+    return torch.nn.functional.binary_cross_entropy_with_logits(mean, outcomes.to(mean.dtype), reduction="none")

@@ -12,6 +12,10 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from algos.batch import select
+from algos.groups import Groups
+from algos.token_weights import token_weights
+
 
 def group_divergence(logprobs: Tensor, mask: Tensor, *, present_only: bool = False) -> Tensor:
     """How far the next-token distributions of a group are apart at each position, D [P, T].
@@ -45,6 +49,19 @@ def divergence_weights(divergence: Tensor, *, alpha: float = 1.7, detach: bool =
     d = divergence.detach() if detach else divergence
     low, high = d.amin(-1, keepdim=True), d.amax(-1, keepdim=True)
     return 1 + (alpha - 1) * (d - low) / (high - low + 1e-8)
+
+
+@token_weights
+def tw_grpo(divergence: Tensor, group: Tensor, mask: Tensor, *, alpha: float = 1.7) -> Tensor:
+    """1 + (alpha - 1) (D - min D) / (max D - min D + 1e-8), [B, T], the extremes over the positions of the group.
+
+    D is that of the policy before the step. Source: TW-GRPO, arXiv 2505.24718 (there over all padded columns).
+    """
+    spread = divergence.double()
+    rows = Groups(torch.unique(group, return_inverse=True)[1], mask.any(1), len(group.unique()))
+    low = rows.spread(rows.smallest(spread.masked_fill(~mask, torch.inf).amin(1)))[:, None]
+    high = rows.spread(rows.largest(spread.masked_fill(~mask, -torch.inf).amax(1)))[:, None]
+    return select(mask, 1 + (alpha - 1) * (spread - low) / (high - low + 1e-8))
 
 
 def multi_choice_soft_reward(answer: Collection[str], truth: Collection[str]) -> float:

@@ -172,6 +172,7 @@ def rollout_rows(step: int, groups: Sequence[Group], advantages: Sequence[Sequen
                     "components": {name: _number(score.value) for name, score in scores.items()},
                     "missing": {name: f"{s.status}: {s.detail}" for name, s in scores.items() if s.status != "ok"},
                     "total": _number(group.totals[i]) if group.totals else None,
+                    "greedy_total": _number(group.greedy.totals[0]) if group.greedy and group.totals else None,
                     "advantage": _number(row[i]),
                     "tokens": len(completion.token_ids),
                     "finish_reason": completion.finish_reason,

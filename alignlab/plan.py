@@ -59,6 +59,12 @@ def make_plan(config: RunConfig) -> Plan:
 
     method = resolve(config.method, where="method", context={"max_tokens": config.rollout.max_tokens})
     _check_rewards(config, "demonstrations" in method.needs)
+    if ("baselines" in method.needs) != (config.data.baseline_column is not None):
+        raise UserError(
+            f"data.baseline_column: method {method.name} reads a number per prompt from it; name the column"
+            if config.data.baseline_column is None
+            else f"data.baseline_column: method {method.name} does not read it; leave it out"
+        )
     check_folder("model.path", config.model.path)
     if config.model.reference is not None:
         check_folder("model.reference", config.model.reference)

@@ -90,6 +90,8 @@ def check_columns(rows: Sequence[Row], config: DataConfig) -> None:
     named = {"data.prompt_column": config.prompt_column}
     if config.completion_column is not None:
         named["data.completion_column"] = config.completion_column
+    if config.baseline_column is not None:
+        named["data.baseline_column"] = config.baseline_column
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(config.template) if name]
     except ValueError as error:

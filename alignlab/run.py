@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.pool import ActorLost
@@ -21,6 +21,7 @@ from alignlab.plan import Plan
 from alignlab.prompts import PromptStream
 from alignlab.run_dir import RunDir
 from core.schema import Group, GroupRequest, group_id, sample_seed
+from rewards.math_answer import final_answer
 
 Say = Callable[[str], None]
 
@@ -133,7 +134,8 @@ class Run:
             name = group_id(seed, lease.ordinal)
             self._ordinals[name] = lease.ordinal
             seeds = tuple(sample_seed(seed, lease.ordinal, sample) for sample in range(size))
-            requests.append(GroupRequest(name, self.prompts[lease.ordinal], seeds, self.plan.sampling, lease.attempt))
+            prompt, greedy = self.prompts[lease.ordinal], "greedy" in self.plan.method.needs
+            requests.append(GroupRequest(name, prompt, seeds, self.plan.sampling, greedy, lease.attempt))
         try:
             await self.actors.submit(actor, requests)
         except ActorLost:
@@ -158,6 +160,8 @@ class Run:
     async def _score(self, ordinal: int, group: Group) -> None:
         if not self.plan.demonstrations:
             group = await self.composer.score(group)
+        if "answers" in self.plan.method.needs:
+            group = replace(group, answers=tuple(final_answer(c.text) for c in group.completions))
         drop = self.plan.drop(group)
         if drop is None:
             self._groups[ordinal] = group

@@ -47,6 +47,8 @@ class DataConfig(Section):
     """Column that holds the question (a string), or the chat messages (a list of {role, content})."""
     completion_column: str | None = None
     """Column that holds the demonstration; for methods that learn from demonstrations (`sft`), and only for them."""
+    baseline_column: str | None = None
+    """Column with a number per prompt that its rewards are compared with; for methods that take it from the data."""
     system: str | None = None
     """System message put before every question; none leaves it out."""
     template: str = "{prompt}"
@@ -169,6 +171,17 @@ class OptimizerConfig(Section):
     """Clip the gradient's global norm; none does not clip."""
 
 
+class TokenModelConfig(Section):
+    """A model trained beside the policy that gives each token a number; only methods that need it have one."""
+
+    path: str | None = None
+    """Folder or hub name it starts from, with a fresh head where that has none; none is the policy's."""
+    lr: PositiveFloat = 1e-5
+    """Peak learning rate of its AdamW; all else is as in learner.optimizer."""
+    warmup_steps: Count = 0
+    """Steps at the start of the run in which it learns and the policy does not."""
+
+
 class LearnerConfig(Section):
     ranks: Positive = 1
     """Processes of the learner; parameters are sharded over them with FSDP2."""
@@ -189,6 +202,8 @@ class LearnerConfig(Section):
     timeout: PositiveFloat = 3600.0
     """Seconds one step may take before the run stops and says what it was waiting for."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    critic: TokenModelConfig = TokenModelConfig()
+    token_reward_model: TokenModelConfig = TokenModelConfig()
 
 
 class CheckpointConfig(Section):

@@ -55,6 +55,7 @@ class GroupRequest:
     prompt: Prompt
     seeds: tuple[int, ...]
     sampling: Sampling
+    greedy: bool = False  # one more completion, drawn at temperature 0
     attempt: int = 0  # counted up when an actor was lost and the request is given to another
 
 
@@ -120,11 +121,13 @@ class Group:
     actor: str = ""  # which actor sampled it
     components: Mapping[str, tuple[Score, ...]] = field(default_factory=dict)
     totals: tuple[float, ...] = ()
+    answers: tuple[str, ...] = ()  # final answer of each completion, "" for none; for methods that compare them
+    greedy: Group | None = None  # the greedy completion of the prompt, a group of one; for methods that ask for it
 
     @property
     def tokens(self) -> int:
         """Generated tokens of all completions."""
-        return sum(len(c.token_ids) for c in self.completions)
+        return sum(len(c.token_ids) for c in self.completions) + (self.greedy.tokens if self.greedy else 0)
 
 
 def group_id(run_seed: int, ordinal: int) -> str:

@@ -1,7 +1,7 @@
 """A learner on disk: `trainer/` to continue bit-equal, `model/` for vLLM and transformers.
 
     trainer/   torch.distributed.checkpoint: float32 master weights and optimiser state, each rank its shards, readable
-               by any number of ranks; counters in learner.json
+               by any number of ranks; counters and the method's memory in learner.json
     model/     Hugging Face folder: config, generation config, tokenizer, safetensors in the model's `dtype`
 
 There is no random state to save: nothing in the learner draws numbers except the order of the groups, which is a
@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -27,28 +28,31 @@ from learner.model import full, named_tensors
 from learner.optim import Optimizer
 from learner.ranks import Ranks
 
+Trained = Mapping[str, tuple[PreTrainedModel, Optimizer]]
+"""What is trained, by the prefix of its names: "" is the policy."""
 
-def save_trainer(folder: Path, hf: PreTrainedModel, optimiser: Optimizer, counters: dict[str, int], ranks: Ranks):
-    """Write `folder` (made here) from all ranks and fsync it."""
+
+def save_trainer(folder: Path, trained: Trained, counters: dict[str, Any], ranks: Ranks) -> None:
+    """Write `folder` (made here) from all ranks and fsync it. `counters` is plain JSON."""
     if ranks.rank == 0:
         folder.mkdir()
     ranks.wait()
     with _without_warning(ranks):
-        dcp.save(_state(hf, optimiser), checkpoint_id=folder, no_dist=ranks.world == 1)
+        dcp.save(_state(trained), checkpoint_id=folder, no_dist=ranks.world == 1)
     if ranks.rank == 0:
         (folder / "learner.json").write_text(json.dumps(counters))
         flush(folder)
     ranks.wait()
 
 
-def load_trainer(folder: Path, hf: PreTrainedModel, optimiser: Optimizer, ranks: Ranks) -> dict[str, int]:
+def load_trainer(folder: Path, trained: Trained, ranks: Ranks) -> dict[str, Any]:
     """Read weights and optimiser state in place; returns the counters. UserError when they are of another model."""
     counters = folder / "learner.json"
     if not counters.is_file():
         raise UserError(f"{folder}: not a complete trainer state (learner.json is missing)")
     try:
         with _without_warning(ranks):
-            dcp.load(_state(hf, optimiser), checkpoint_id=folder, no_dist=ranks.world == 1)
+            dcp.load(_state(trained), checkpoint_id=folder, no_dist=ranks.world == 1)
     except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
         raise UserError(f"{folder}: does not fit the configured model and optimizer: {error}") from error
     return json.loads(counters.read_text())
@@ -88,7 +92,10 @@ def _without_warning(ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _state(hf: PreTrainedModel, optimiser: Optimizer) -> dict[str, Tensor]:
+def _state(trained: Trained) -> dict[str, Tensor]:
     """The live tensors by name; torch.distributed.checkpoint reads into them."""
-    weights = {f"model/{name}": tensor.detach() for name, tensor in named_tensors(hf)}
-    return weights | {f"optimizer/{name}": tensor for name, tensor in optimiser.state()}
+    state: dict[str, Tensor] = {}
+    for prefix, (hf, optimiser) in trained.items():
+        state |= {f"{prefix}model/{name}": tensor.detach() for name, tensor in named_tensors(hf)}
+        state |= {f"{prefix}optimizer/{name}": tensor for name, tensor in optimiser.state()}
+    return state

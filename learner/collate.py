@@ -10,9 +10,11 @@ token of a completion is predicted but never read, so it is not in the row.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -129,11 +131,15 @@ class Micro:
 
 
 def collate(
-    groups: Sequence[Group], device: torch.device | str = "cpu", components: Sequence[str] = ()
+    groups: Sequence[Group],
+    device: torch.device | str = "cpu",
+    components: Sequence[str] = (),
+    baseline_column: str | None = None,
 ) -> tuple[Batch, Sequences]:
     """The whole step as one batch, group after group, completion after completion.
 
-    `rewards` are the totals [B], or the named components [B, R]. Demonstrations bring neither log-probs nor versions
+    `rewards` are the totals [B], or the named components [B, R]; `baselines` are read from a column of the data.
+    Demonstrations bring neither log-probs nor versions
     nor totals: then `rollout_logprobs` and `versions` are None and `rewards` NaN.
     Raises ValueError when some completions bring log-probs and others do not, or a prompt is empty.
     """
@@ -169,17 +175,36 @@ def collate(
         truncated=column([c.truncated for c in completions], torch.bool),
         versions=rectangle([c.versions for c in completions], torch.int64) if from_engine else None,
         rollout_logprobs=rectangle([c.rollout_logprobs for c in completions], torch.float32) if from_engine else None,
+        prompts=tuple(_name(g.prompt.token_ids) for g, _ in rows),
     )
+    if all(g.greedy for g in groups):
+        batch = replace(batch, greedy_rewards=column([g.greedy.totals[0] for g, _ in rows], torch.float64))
+    if all(g.answers for g in groups):
+        classes = {answer: i for i, answer in enumerate(sorted({a for g in groups for a in g.answers}))}
+        batch = replace(batch, answers=column([classes[g.answers[i]] for g, i in rows], torch.int64))
+    if baseline_column is not None:
+        values = [float(g.prompt.columns[baseline_column]) for g, _ in rows]
+        batch = replace(batch, baselines=column(values, torch.float64))
     prompts = [g.prompt.token_ids for g, _ in rows]
     return batch, Sequences(prompts, [c.token_ids for c in completions], numbers)
 
 
-def split(sequences: Sequences, hidden: int, token_budget: int, ranks: int, share: bool = True) -> list[list[int]]:
-    """Rows of each micro-batch, a multiple of `ranks`; rank r takes those at r, r + ranks, ... See `pack`."""
-    whole = sequences.units(token_budget, share)
+def _name(token_ids: tuple[int, ...]) -> str:
+    """A short name of a prompt, the same in every pass over the data."""
+    return hashlib.blake2b(repr(token_ids).encode(), digest_size=8).hexdigest()
+
+
+def split(
+    sequences: Sequences, hidden: int, token_budget: int, ranks: int, share: bool = True, whole_groups: bool = False
+) -> list[list[int]]:
+    """Rows of each micro-batch, a multiple of `ranks`; rank r takes those at r, r + ranks, ... See `pack`.
+
+    whole_groups: the rows of a group stay together, however long they are.
+    """
+    whole = sequences.units(sys.maxsize if whole_groups else token_budget, share or whole_groups)
     # A group goes to one rank, so that its prompt is read once, unless there are too few groups for all ranks.
     most = min(token_budget, -(-sum(map(sequences.length, whole)) // ranks)) if whole else token_budget
-    units = sequences.units(most, share)
+    units = whole if whole_groups else sequences.units(most, share)
     bins = pack([sequences.length(u) for u in units], [sequences.cost(u, hidden) for u in units], token_budget, ranks)
     return [[row for u in members for row in units[u]] for members in bins]
 

@@ -5,7 +5,7 @@
     learner.export(dict)                              # full tensors by Hugging Face name
     learner.save(folder); learner.load(folder)
 
-A step: collate -> passes without gradient (old, reference) -> advantages of the whole step -> per minibatch:
+A step: collate -> passes without gradient (old, reference ...) -> advantages of the whole step -> per minibatch:
 normalise, micro-batches forward and backward, clip, optimiser. It runs alone in a process (tests, the quickstart's
 warm start) or as one of N ranks under `learner.pool`; then every rank holds all rows and computes its share of the
 micro-batches. It knows no method by name: `method.needs` says which passes to make, `algos` does the rest.
@@ -18,32 +18,35 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from algos.batch import Batch
-from algos.loss import advantages, late, loss, normalise
+from algos.loss import advantages, late, loss, normalise, remember
 from algos.methods import Method
 from core.config import RunConfig
 from core.errors import UserError
 from core.schema import Group
 from learner import checkpoint
 from learner.collate import Micro, Sequences, collate, split
+from learner.logprobs import divergences, sum_of_squares, tempered
 from learner.metrics import Totals
-from learner.model import Policy, as_published, full, load_policy, named_tensors
+from learner.model import Policy, Reader, as_published, full, load_policy, named_tensors
 from learner.optim import Optimizer, schedule
 from learner.ranks import Ranks
+from learner.token_model import TokenModel, load_companions
 
 Result = TypeVar("Result")
 
 # What a method may need: what this learner computes, and what groups, rewards and actors bring along.
 SUPPLIED = {"old", "early_old", "ref", "entropy", "entropy_grad", "late", "rollout", "versions", "components"}
-SUPPLIED |= {"demonstrations"}
+SUPPLIED |= {"demonstrations", "greedy", "answers", "baselines", "bootstrap", "critic", "values", "credit"}
+SUPPLIED |= {"token_scores", "sum_pi_sq", "tempered", "divergence"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class StepResult:
 
 
 class Learner:
-    """Policy, optimiser and step counter of one rank."""
+    """Policy, what is trained beside it, optimisers, the method's memory and the step counter of one rank."""
 
     def __init__(
         self, config: RunConfig, method: Method, *, ranks: Ranks | None = None, skipped: Path | None = None
@@ -81,7 +84,9 @@ class Learner:
         self.optimiser = Optimizer(
             config.learner.optimizer, self.policy.hf.named_parameters(), self.policy.block_parameters()
         )
+        self.companions = load_companions(config, method.needs, self.ranks)
         self.components = tuple(config.rewards.components) if "components" in method.needs else ()
+        self._memory: list[dict[str, Any]] = [{} for _ in method.memory]
         self._steps_done = 0
 
     @property
@@ -101,10 +106,8 @@ class Learner:
             torch.cuda.reset_peak_memory_stats()
         batch, sequences = self._before(groups, version)
         before = time.perf_counter() - started
-        options, totals = self.config.learner, Totals()
-        factor = schedule(
-            options.optimizer.schedule, self._steps_done, self.config.steps, options.optimizer.warmup_steps
-        )
+        options, totals = self.config.learner.optimizer, Totals()
+        factor = schedule(options.schedule, self._steps_done, self.config.steps, options.warmup_steps)
         given = torch.full((len(batch.group),), math.nan, dtype=torch.float64, device=self.ranks.device)
         for number, rows in enumerate(self._minibatches(batch.group)):
             index, tokens = torch.tensor(rows, device=self.ranks.device), sequences.rows(rows)
@@ -125,20 +128,37 @@ class Learner:
 
     def _before(self, groups: Sequence[Group], version: int) -> tuple[Batch, Sequences]:
         """The step's batch with everything that is computed before its first update."""
-        batch, sequences = collate(groups, self.ranks.device, self.components)
+        batch, sequences = collate(groups, self.ranks.device, self.components, self.config.data.baseline_column)
         batch = replace(batch, version=version, seed=self._seed("method"))
         if self.components:
             weights = [float(c.get("weight", 1.0)) for c in self.config.rewards.components.values()]
             batch = replace(batch, reward_weights=torch.tensor(weights, device=self.ranks.device))
+        batch = self._measured(batch, sequences)
+        batch, self._memory = remember(self.method, batch, self._memory)
+        if "tempered" in self.method.needs:
+            assert batch.tempering is not None  # checked with the method: a memory fills it
+            hot, _ = self._without_gradient(self.policy, sequences, batch, tempered(batch.tempering))
+            batch = replace(batch, tempered_logprobs=hot)
+        return advantages(self.method, batch), sequences
+
+    def _measured(self, batch: Batch, sequences: Sequences) -> Batch:
+        """The batch with what passes without gradient say of it: old, reference and what else the method needs."""
         needs, updates = self.method.needs, self.config.learner.epochs * self.config.learner.minibatches
+        found: dict[str, Tensor] = {}
         # With a single update the old log-probs are those of the update's own forward pass: no pass is spent on them.
         if needs & {"early_old", "entropy"} or ("old" in needs and updates > 1):
-            old, entropy = self._without_gradient(self.policy, sequences, batch.mask.shape[1])
-            batch = replace(batch, old_logprobs=old, entropy=entropy)
+            found["old_logprobs"], found["entropy"] = self._without_gradient(self.policy, sequences, batch)
         if self.reference is not None:
-            ref, _ = self._without_gradient(self.reference, sequences, batch.mask.shape[1])
-            batch = replace(batch, ref_logprobs=ref)
-        return advantages(self.method, batch), sequences
+            found["ref_logprobs"], _ = self._without_gradient(self.reference, sequences, batch)
+        for field, companion in self.companions.items():
+            (found[field],) = self._without_gradient(companion.model, sequences, batch)
+        if "sum_pi_sq" in needs:
+            (found["sum_pi_sq"],) = self._without_gradient(self.policy, sequences, batch, sum_of_squares)
+        if "divergence" in needs:
+            found["divergence"] = self._divergence(sequences, batch)
+        if "bootstrap" in needs:  # also of truncated completions: the state after the last token is never read
+            found["bootstrap"] = torch.zeros(len(batch.group), device=self.ranks.device)
+        return replace(batch, **found)  # type: ignore[arg-type]
 
     def _minibatches(self, group: Tensor) -> Iterator[list[int]]:
         """Rows of each update: per epoch the groups in a new order, in `minibatches` parts as equal as they can be."""
@@ -156,7 +176,7 @@ class Learner:
         """The minibatch with its denominators and, for methods that are late, what depends on current log-probs."""
         if "late" not in self.method.needs:
             return normalise(self.method, minibatch)
-        logprobs, _ = self._without_gradient(self.policy, sequences, minibatch.mask.shape[1])
+        logprobs, _ = self._without_gradient(self.policy, sequences, minibatch)
         known, minibatch = minibatch.metrics, late(self.method, minibatch, logprobs)
         totals.add({name: pair for name, pair in minibatch.metrics.items() if known.get(name) is not pair})
         return minibatch
@@ -174,15 +194,17 @@ class Learner:
         value = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for micro in self._share(sequences.only(trained)):
             logprobs, entropy = self.policy(micro)
+            given = {field: companion.model(micro)[0] for field, companion in self.companions.items()}
             if not micro.rows:
                 # A pass of its own for a rank without work: FSDP2's collectives need every rank in every pass.
-                (logprobs.sum() * 0).backward()
+                (sum(x.sum() for x in (logprobs, *given.values())) * 0).backward()
                 continue
             output = loss(
                 self.method,
                 minibatch.rows(torch.tensor(micro.rows, device=self.ranks.device)),
                 micro.rectangle(logprobs, width),
                 micro.rectangle(entropy, width),
+                **{field: micro.rectangle(x, width) for field, x in given.items()},
             )
             # FSDP2 averages gradients over the ranks; parts are to be summed.
             (output.loss * self.ranks.world).backward()
@@ -192,16 +214,21 @@ class Learner:
         self._apply(self.ranks.sum(value).item(), factor, totals, [int(g) for g in minibatch.group.unique()], groups)
 
     def _apply(self, value: float, factor: float, totals: Totals, numbers: list[int], groups: Sequence[Group]) -> None:
-        """Clip and step, unless the loss or the gradient is not finite: then keep the batch and leave the weights."""
-        norm = self.optimiser.clip().item()
-        finite = math.isfinite(value) and math.isfinite(norm)
+        """Clip and step, unless the loss or a gradient is not finite: then keep the batch and leave the weights."""
+        companions = self.companions.values()
+        norm, *others = (o.clip().item() for o in (self.optimiser, *(c.optimiser for c in companions)))
+        finite = all(map(math.isfinite, (value, norm, *others)))
         if finite:
-            self.optimiser.step(factor)
+            for companion in companions:
+                companion.optimiser.step(factor)
+            if self._steps_done >= max((c.warmup_steps for c in companions), default=0):
+                self.optimiser.step(factor)
             totals.add({"policy/loss": (value, 1.0), "optim/grad_norm": (norm, 1.0)})
         else:
             self._record(value, norm, [groups[n] for n in numbers])
         totals.add({"optim/skipped": (float(not finite), 1.0)})
-        self.optimiser.clear()
+        for optimiser in (self.optimiser, *(c.optimiser for c in companions)):
+            optimiser.clear()
 
     def _record(self, value: float, norm: float, groups: Sequence[Group]) -> None:
         """The batch of a skipped update, to be looked at: `step-N/groups.jsonl` and `step-N/why.json`."""
@@ -215,24 +242,46 @@ class Learner:
 
     # --- passes -----------------------------------------------------------------------------------------------------
 
-    def _share(self, sequences: Sequences) -> Iterator[Micro]:
+    def _share(self, sequences: Sequences, whole_groups: bool = False) -> Iterator[Micro]:
         """This rank's micro-batches; every rank gets the same number, some of them may have no rows."""
         hidden, share = self.policy.hf.config.hidden_size, self.policy.shares_prompts
-        shares = split(sequences, hidden, self.config.learner.token_budget, self.ranks.world, share)
+        budget = self.config.learner.token_budget
+        shares = split(sequences, hidden, budget, self.ranks.world, share, whole_groups)
         for rows in shares[self.ranks.rank :: self.ranks.world]:
             yield Micro.of(sequences, rows, self.ranks.device, share)
 
     @torch.no_grad()
-    def _without_gradient(self, policy: Policy, sequences: Sequences, width: int) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [B, width] of all rows, on every rank; 0 outside the completions."""
-        both = torch.zeros(2, len(sequences.completions), width, device=self.ranks.device)
-        for micro in self._share(sequences):
-            values = policy(micro)
-            if micro.rows:
-                both[:, micro.rows] = torch.stack([micro.rectangle(v, width) for v in values])
+    def _without_gradient(
+        self, model: Policy | TokenModel, sequences: Sequences, batch: Batch, *read: Reader
+    ) -> list[Tensor]:
+        """What `model` says of all rows, each [B, T] on every rank, 0 outside the completions.
+
+        A policy says log-probs and entropies, or what `read` makes of it.
+        """
+        return self._gathered(batch, ((micro, model(micro, *read)) for micro in self._share(sequences)))
+
+    @torch.no_grad()
+    def _divergence(self, sequences: Sequences, batch: Batch) -> Tensor:
+        """How far the policy's distributions within a group are apart, [B, T]; a group's rows are read together."""
+
+        def said(micro: Micro) -> tuple[Tensor, ...]:
+            groups = torch.tensor([sequences.groups[r] for r in micro.rows], device=self.ranks.device)
+            return self.policy(micro, divergences(micro.row, micro.step, groups))
+
+        (found,) = self._gathered(batch, ((micro, said(micro)) for micro in self._share(sequences, whole_groups=True)))
+        return found
+
+    def _gathered(self, batch: Batch, answers: Iterable[tuple[Micro, tuple[Tensor, ...]]]) -> list[Tensor]:
+        """Answers of all micro-batches of all ranks as rectangles [B, T]."""
+        rows, width = batch.mask.shape
+        found: list[Tensor] = []
+        for micro, values in answers:
+            found = found or [torch.zeros(rows, width, device=self.ranks.device) for _ in values]
+            for rectangle, value in zip(found, values, strict=True):
+                if micro.rows:
+                    rectangle[micro.rows] = micro.rectangle(value, width)
         # Each cell is filled by one rank and zero on the others, so the sum is exact and the same bits everywhere.
-        logprobs, entropy = self.ranks.sum(both)
-        return logprobs, entropy
+        return [self.ranks.sum(rectangle) for rectangle in found]
 
     # --- numbers ----------------------------------------------------------------------------------------------------
 
@@ -294,13 +343,17 @@ class Learner:
         """
         model, dtype = self.config.model, getattr(torch, self.config.model.dtype)
         checkpoint.save_model(folder / "model", self.policy.hf, model.path, dtype, self.ranks)
-        counters = {"steps_done": self._steps_done}
-        checkpoint.save_trainer(folder / "trainer", self.policy.hf, self.optimiser, counters, self.ranks)
+        counters = {"steps_done": self._steps_done, "memory": self._memory}
+        checkpoint.save_trainer(folder / "trainer", self._trained(), counters, self.ranks)
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote, bit-equal. Every rank calls it. Raises UserError when it does not fit."""
-        counters = checkpoint.load_trainer(folder / "trainer", self.policy.hf, self.optimiser, self.ranks)
-        self._steps_done = counters["steps_done"]
+        counters = checkpoint.load_trainer(folder / "trainer", self._trained(), self.ranks)
+        self._steps_done, self._memory = counters["steps_done"], counters["memory"]
+
+    def _trained(self) -> checkpoint.Trained:
+        companions = {f"{field}/": (c.model.hf, c.optimiser) for field, c in self.companions.items()}
+        return {"": (self.policy.hf, self.optimiser), **companions}
 
     def _load(self, path: str, checkpointing: bool = False) -> Policy:
         return load_policy(

@@ -6,12 +6,15 @@ Here the tokens go through the head in chunks, forward and again backward; betwe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from algos.tw_grpo import group_divergence
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,60 @@ def token_logprobs(
     of tokens whose logits are held at once (two float32 tensors of [chunk, V]). Gradients flow to hidden, weight, bias.
     """
     return _TokenLogprobs.apply(hidden, weight, bias, targets, head, chunk)
+
+
+def tempered(factor: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`token_logprobs` at `factor` times the temperature."""
+
+    def read(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        hotter = replace(head, temperature=head.temperature * factor)
+        return token_logprobs(hidden, weight, bias, targets, hotter, chunk)
+
+    return read
+
+
+@torch.no_grad()
+def sum_of_squares(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, chunk: int
+) -> tuple[Tensor]:
+    """sum over the vocabulary of p^2 where each target is predicted, [N] float32, alone in a tuple; no gradient."""
+    parts = (_logits(hidden[part], weight, bias, head).softmax(-1) for part in _chunks(len(hidden), chunk))
+    return (torch.cat([(p * p).sum(-1) for p in parts] or [hidden.new_zeros(0, dtype=torch.float32)]),)
+
+
+def divergences(rows: Tensor, steps: Tensor, groups: Tensor) -> Callable[..., tuple[Tensor]]:
+    """A reader of how far a group's distributions are apart at a target's position (`algos.tw_grpo`), [N] float32.
+
+    rows, steps [N]: row and position of each target; groups [rows]: a number per row. All rows of a group are here.
+    """
+
+    @torch.no_grad()
+    def read(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, chunk: int
+    ) -> tuple[Tensor]:
+        out = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        for number in groups.unique():
+            members = (groups == number).nonzero()[:, 0]
+            mine = torch.isin(rows, members)
+            width = max(1, chunk // len(members))  # positions whose logits of all rows are held at once
+            for start in range(0, int(steps[mine].max()) + 1, width):
+                cells = (mine & (steps >= start) & (steps < start + width)).nonzero()[:, 0]
+                logprobs = _logits(hidden[cells], weight, bias, head).log_softmax(-1)
+                row, step = torch.searchsorted(members, rows[cells]), steps[cells] - start
+                out[cells] = _spread(logprobs, row, step, (len(members), width))[step]
+        return (out,)
+
+    return read
+
+
+def _spread(logprobs: Tensor, row: Tensor, step: Tensor, shape: tuple[int, int]) -> Tensor:
+    """`group_divergence` of one group at each position, [positions]; logprobs [n, V] of the cells (row, step)."""
+    rectangle = logprobs.new_zeros(1, *shape, logprobs.shape[-1])
+    present = torch.zeros(1, *shape, dtype=torch.bool, device=logprobs.device)
+    rectangle[0, row, step], present[0, row, step] = logprobs, True
+    return group_divergence(rectangle, present)[0]
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -6,7 +6,8 @@ model's `dtype`. The Hugging Face model keeps its own parameter names, so what i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +24,12 @@ from learner.logprobs import Head, token_logprobs
 from learner.ranks import Ranks
 
 
-class Policy(nn.Module):
-    """`hf` plus the head that turns hidden states into log-probs. FSDP2 shards it as one root with a unit per block.
+class Packed(nn.Module):
+    """A transformers model that reads packed rows. FSDP2 shards it as one root with a unit per block."""
 
-    The head's weight is read inside `forward`, because only there FSDP2 has gathered it.
-    """
-
-    def __init__(self, hf: PreTrainedModel, temperature: float, chunk: int) -> None:
+    def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
-        self.head = _head(hf, temperature)
-        self.chunk = chunk
         # Named here, because FSDP2 renames the classes of what it shards.
         kinds = set(hf._no_split_modules or ())
         self.blocks = [name for name, module in hf.named_modules() if type(module).__name__ in kinds]
@@ -48,16 +44,34 @@ class Policy(nn.Module):
         prefixes = tuple(f"{name}." for name in self.blocks)
         return {name for name, _ in self.hf.named_parameters() if name.startswith(prefixes)}
 
-    def forward(self, micro: Micro) -> tuple[Tensor, Tensor]:
-        """Log-probs of `micro.targets` at the rollout temperature and the entropies there, both [M] float32."""
+    def hidden(self, micro: Micro) -> Tensor:
+        """The last hidden states where `micro.targets` are predicted, [M, H]."""
         # Without use_cache=False transformers makes a cache, and with a cache it no longer sees that a row is packed.
         extra = {"packing": micro.packing} if self.shares_prompts else {}
-        hidden = self.hf.base_model(
-            input_ids=micro.tokens, position_ids=micro.positions, use_cache=False, **extra
-        ).last_hidden_state[0]
+        read = self.hf.base_model(input_ids=micro.tokens, position_ids=micro.positions, use_cache=False, **extra)
+        return read.last_hidden_state[0, micro.predict]
+
+
+Reader = Callable[..., tuple[Tensor, ...]]
+"""(hidden [M, H], weight [V, H], bias [V] or None, targets [M], head, chunk) -> numbers [M]."""
+
+
+class Policy(Packed):
+    """A causal language model and the head that turns hidden states into log-probs.
+
+    The head's weight is read inside `forward`, because only there FSDP2 has gathered it.
+    """
+
+    def __init__(self, hf: PreTrainedModel, temperature: float, chunk: int) -> None:
+        super().__init__(hf)
+        self.head = _head(hf, temperature)
+        self.chunk = chunk
+
+    def forward(self, micro: Micro, read: Reader = token_logprobs) -> tuple[Tensor, ...]:
+        """What `read` makes of `micro.targets`: log-probs and entropies at the rollout temperature, [M] float32."""
         head = self.hf.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        return token_logprobs(hidden[micro.predict], head.weight, bias, micro.targets, self.head, self.chunk)
+        return read(self.hidden(micro), head.weight, bias, micro.targets, self.head, self.chunk)
 
 
 def load_policy(
@@ -67,43 +81,56 @@ def load_policy(
 
     Raises UserError when transformers cannot load it or `_check` finds other log-probs.
     """
-    kernel = attention.NAME if config.attention == "sdpa" else config.attention
-    try:
-        # The revision is the model's; a reference is another repository.
-        hf = AutoModelForCausalLM.from_pretrained(
-            path,
-            revision=config.revision if path == config.path else None,
-            dtype=torch.float32,
-            attn_implementation=kernel,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.path: transformers cannot load '{path}': {error}") from error
-    _without_dropout(hf)
-    hf.train()
-    if checkpointing:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(hf, temperature, chunk)
+    policy = Policy(load_hf(AutoModelForCausalLM, config, path, "model.path", checkpointing), temperature, chunk)
     if config.attention != "flash_attention_2":  # its kernels do not run here, on CPU and in float32
         _check(policy, path)
     return shard(policy, getattr(torch, config.dtype), ranks)
 
 
-def shard(policy: Policy, dtype: torch.dtype, ranks: Ranks) -> Policy:
+def load_hf(
+    kind: Any, config: ModelConfig, path: str, option: str, checkpointing: bool, **extra: Any
+) -> PreTrainedModel:
+    """The model at `path` as `kind` (a transformers Auto class), float32, without dropout, on CPU.
+
+    Raises UserError, which names the `option` that holds the path, when transformers cannot load it.
+    """
+    try:
+        # The revision is the model's; any other path is another repository.
+        hf = kind.from_pretrained(
+            path,
+            revision=config.revision if path == config.path else None,
+            dtype=torch.float32,
+            attn_implementation=attention.NAME if config.attention == "sdpa" else config.attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **extra,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{option}: transformers cannot load '{path}': {error}") from error
+    _without_dropout(hf)
+    hf.train()
+    if checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return hf
+
+
+Model = TypeVar("Model", bound=Packed)
+
+
+def shard(model: Model, dtype: torch.dtype, ranks: Ranks) -> Model:
     """FSDP2 over the ranks: one unit per block, the rest (embeddings, last norm, head) is the root's own.
 
     One rank that computes in float32 has nothing to shard and nothing to cast. FSDP2 would only copy its parameters
     (measured on the tiny model on CPU: 0.03 s per pass, a fifth of a small step), so it stays a plain module.
     """
     if ranks.world == 1 and dtype == torch.float32:
-        return policy.to(ranks.device)
+        return model.to(ranks.device)
     mesh = ranks.mesh()
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for name in policy.blocks:
-        fully_shard(policy.hf.get_submodule(name), mesh=mesh, mp_policy=precision)
-    fully_shard(policy, mesh=mesh, mp_policy=precision)
-    return policy.to(ranks.device)
+    for name in model.blocks:
+        fully_shard(model.hf.get_submodule(name), mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
+    return model.to(ranks.device)
 
 
 def named_tensors(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

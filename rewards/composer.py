@@ -128,10 +128,12 @@ class Composer:
         self._seconds: dict[str, list[float]] = defaultdict(list)  # since the last call of `metrics`
 
     async def score(self, group: Group) -> Group:
-        """The group with components and totals filled, the latter under the latest weights. [G] each.
+        """The group (and its greedy completion) with components and totals filled, the latter under the latest weights.
 
         Failures of user code are data (Score.status); RewardFailure is raised only when no scoring process starts.
         """
+        if group.greedy:
+            group = replace(group, greedy=await self.score(group.greedy))
         parts = await asyncio.gather(*(self._score_component(group, c) for c in self.components.values()))
         columns = {name: scores for part in parts for name, scores in part.items()}
         return self._mix(replace(group, components=columns), self._weights)
@@ -148,8 +150,10 @@ class Composer:
         self._policy_metrics = self.policy.update(step)
         return [self._mix(group, self._weights) for group in groups]
 
-    @staticmethod
-    def _mix(group: Group, weights: Mapping[str, float]) -> Group:
+    @classmethod
+    def _mix(cls, group: Group, weights: Mapping[str, float]) -> Group:
+        if group.greedy:
+            group = replace(group, greedy=cls._mix(group.greedy, weights))
         totals = (
             total({name: scores[i] for name, scores in group.components.items()}, weights)
             for i in range(len(group.completions))

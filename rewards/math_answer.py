@@ -20,7 +20,7 @@ import re
 from typing import Any, Literal
 
 from core.schema import Score
-from rewards.answers import clean, compare, too_complex
+from rewards.answers import clean, compare, number, too_complex
 from rewards.reward import rewards
 
 Extract = Literal["boxed", "marked", "any"]
@@ -28,6 +28,7 @@ Extract = Literal["boxed", "marked", "any"]
 
 ANSWER_LIMIT = 300  # characters; longer answers are refused (unless the right one is longer)
 _TAIL = 300  # characters in which the last number is looked for
+_ANSWER_TAIL = 5000  # characters in which the final answer is looked for where nobody can kill the search
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -75,6 +76,17 @@ def extract_answer(text: str, extract: Extract = "marked") -> str | None:
     if extract == "any":
         return last_number(text)
     return None
+
+
+def final_answer(text: str) -> str:
+    r"""The answer of a completion, in the one form of equal answers, as text or number; "" where there is none.
+
+    >>> final_answer(r"so it is \boxed{1{,}000}."), final_answer("I do not know")
+    ('1000', '')
+    """
+    answer = clean(extract_answer(text[-_ANSWER_TAIL:]) or "")
+    value = number(answer)
+    return answer if value is None else str(value)
 
 
 def after_thinking(text: str) -> str:

@@ -58,6 +58,16 @@ def test_new_weights_label_the_later_tokens_of_requests_in_flight():
     assert drain(engine)["a"].completions[0].versions == (0, 0, 3, 3, 3, 3, 3, 3)
 
 
+def test_a_greedy_completion_comes_beside_the_samples():
+    engine = FakeEngine(SPEC)
+    engine.add(GroupRequest("a", Prompt(0, "?", (5, 9)), (1, 2), Sampling(8), greedy=True))
+    engine.add(request("b"))
+    groups = drain(engine)
+    assert len(groups["a"].completions) == 2 and len(groups["a"].greedy.completions) == 1
+    assert groups["a"].completions == groups["b"].completions and groups["b"].greedy is None
+    assert groups["a"].tokens == groups["b"].tokens + groups["a"].greedy.tokens
+
+
 def test_abort_forgets():
     engine = FakeEngine(SPEC)
     engine.add(request("a"))

@@ -118,6 +118,16 @@ def test_greedy_takes_the_likeliest_token_and_reports_its_probability_at_tempera
     assert worst(model, group) < TOLERANCE
 
 
+def test_a_greedy_completion_comes_beside_the_samples_if_asked_for(engine):
+    both = replace(request("with", seeds=(1, 2)), greedy=True)
+    groups = generate(engine, both, request("without", seeds=(1, 2)), request("alone", seeds=(0,), temperature=0.0))
+    assert groups["with"].completions == groups["without"].completions
+    assert groups["with"].greedy.completions == groups["alone"].completions and groups["alone"].greedy is None
+    engine.add(both)
+    engine.abort(["with"])
+    assert engine.unfinished() == (0, 0)
+
+
 def test_a_sample_depends_on_its_seed_alone(engine):
     alone = generate(engine, request("a", seeds=(5,)))["a"].completions[0]
     crowd = generate(engine, request("b", seeds=(9, 5, 7)), request("c", prompt=(*PROMPT, 20)))["b"].completions

@@ -25,7 +25,7 @@ from algos.method import Method
 from algos.methods import resolve
 from algos.metrics import mismatch
 from algos.shaping import kl_sequence, kl_token, overlong_penalty
-from algos.token_weights import token_reward_model_loss
+from algos.token_weights import outcome
 from core.registry import options_of
 
 adapters: dict[str, Callable[[Case], dict[str, Any]]] = {}
@@ -198,7 +198,7 @@ def objective(case: Case) -> dict[str, Any]:
     if batch.correction_weight is not None:
         out["correction_weight"] = batch.correction_weight.expand(mask.shape)
     if batch.token_scores is not None:
-        out["token_reward_model_loss"] = token_reward_model_loss(batch.token_scores, batch.rewards, mask)
+        out["token_reward_model_loss"] = (outcome(batch.token_scores, batch.positive, mask) * batch.row_scale).sum()
     return out
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from algos.batch import Batch
-from algos.loss import LossOutput, advantages, late, loss, normalise
+from algos.loss import LossOutput, advantages, late, loss, normalise, remember
 from algos.method import Method
 from algos.methods import methods, resolve
 
@@ -56,6 +56,9 @@ def step(method: Method, spread: float = 0.3, dtype: torch.dtype = torch.float64
         "answers": torch.tensor([0, 1, 2, 0, 0, 1, 1, 2, 0]),
         "versions": torch.full((9, 6), 3),
         "truncated": torch.tensor([0, 0, 0, 0, 0, 0, 1, 0, 0]).bool(),
+        "tempered_logprobs": base * 0.9,
+        "divergence": random(3, 6)[GROUP],
+        "prompts": tuple(f"prompt {g}" for g in GROUP.tolist()),
         "version": 5,
         "seed": 11,
     }
@@ -72,17 +75,22 @@ def current(batch: Batch, spread: float = 0.3) -> Tensor:
 
 
 def ready(method: Method, batch: Batch, logprobs: Tensor) -> Batch:
-    """Through `advantages` and `normalise` (or `late`)."""
+    """Through `remember`, `advantages` and `normalise` (or `late`)."""
+    batch, _ = remember(method, batch, [{} for _ in method.memory])
     batch = advantages(method, batch)
     return late(method, batch, logprobs) if "late" in method.needs else normalise(method, batch)
+
+
+def extras(method: Method, logprobs: Tensor) -> dict[str, Tensor]:
+    """The other arguments of `loss` that the method needs."""
+    needed = {"entropy_grad": "entropy", "critic": "values", "credit": "token_scores"}
+    return {name: logprobs.detach() * 0 + 0.5 for need, name in needed.items() if need in method.needs}
 
 
 def run(method: Method, batch: Batch, logprobs: Tensor) -> tuple[LossOutput, Tensor]:
     """The loss of the whole step and its gradient with respect to the log-probabilities."""
     logprobs = logprobs.clone().requires_grad_()
     batch = ready(method, batch, logprobs)
-    entropy = logprobs * 0 + 0.5 if "entropy_grad" in method.needs else None
-    values = logprobs.detach() * 0 + 0.5 if "critic" in method.needs else None
-    output = loss(method, batch, logprobs, entropy=entropy, values=values)
+    output = loss(method, batch, logprobs, **extras(method, logprobs))
     output.loss.backward()
     return output, logprobs.grad

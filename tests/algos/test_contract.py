@@ -12,7 +12,7 @@ from algos.batch import Batch
 from algos.docs import page
 from algos.loss import advantages, loss
 from algos.metrics import METRICS
-from tests.algos.steps import GROUP, MASK, RUNNABLE, current, ready, run, step
+from tests.algos.steps import GROUP, MASK, RUNNABLE, current, extras, ready, run, step
 
 rows = pytest.mark.parametrize("name", RUNNABLE)
 RESAMPLED = {"oreal", "clip_cov"}  # they draw rows or tokens at random, so another order draws others
@@ -56,9 +56,7 @@ def test_parts_of_any_split_add_up(name):
     leaf = logprobs.clone().requires_grad_()
     metrics: dict[str, Tensor] = {}
     for index in (torch.tensor([4]), torch.tensor([0, 8, 2]), torch.tensor([7, 1, 3, 5, 6])):
-        entropy = leaf[index] * 0 + 0.5 if "entropy_grad" in method.needs else None
-        values = leaf[index].detach() * 0 + 0.5 if "critic" in method.needs else None
-        part = loss(method, prepared.rows(index), leaf[index], entropy=entropy, values=values)
+        part = loss(method, prepared.rows(index), leaf[index], **extras(method, leaf[index]))
         part.loss.backward()
         for key, (total, _) in part.metrics.items():
             metrics[key] = metrics.get(key, 0) + total

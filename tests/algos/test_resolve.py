@@ -103,6 +103,9 @@ def test_what_rows_need_from_the_learner():
     assert methods["rloo"].needs == {"old", "early_old", "ref"}
     assert methods["ppo"].needs == {"old", "early_old", "ref", "values", "critic"}
     assert methods["bypass_reinforce"].needs == {"rollout", "late"}
+    assert methods["spo"].needs == {"old"}  # a memory fills its baselines
+    assert methods["a_star_po"].needs == {"ref", "baselines", "late"}
+    assert methods["oreal"].needs == {"token_scores", "credit", "ref"}
     assert resolve({"row": "dapo", "modifiers": ["loglinear"]}).needs == {"rollout", "versions", "late"}
     assert "entropy_grad" in resolve({"row": "dapo", "entropy": {"coef": 0.01}}).needs
 
@@ -115,6 +118,7 @@ def test_a_method_runs_on_what_it_says_it_needs_and_nothing_else(name):
         **{"old": "old_logprobs", "rollout": "rollout_logprobs", "ref": "ref_logprobs", "entropy": "entropy"},
         **{"values": "values", "greedy": "greedy_rewards", "answers": "answers", "token_scores": "token_scores"},
         **{"sum_pi_sq": "sum_pi_sq", "baselines": "baselines", "bootstrap": "bootstrap", "versions": "versions"},
+        **{"tempered": "tempered_logprobs", "divergence": "divergence"},
     }
     absent = {field: None for need, field in fields.items() if need not in method.needs}
     bare = step(method, truncated=None, given_advantages=None, given_weights=None, **absent)

@@ -50,6 +50,7 @@ class FakeActors:
 
 class FakeComposer:
     async def score(self, group):
+        group = replace(group, greedy=await self.score(group.greedy)) if group.greedy else group
         scores = tuple(Score("ok", float(i)) for i in range(len(group.completions)))
         return replace(group, components={"length": scores}, totals=tuple(s.value for s in scores))
 
@@ -131,6 +132,20 @@ def test_a_run_trains_every_group_once_and_leaves_its_files(tmp_path):
     assert run.run_dir.checkpoints()[-1].state()["coordinator"]["next_ordinal"] == 6
     rollouts = (run.run_dir.path / "rollouts" / "step-000002.jsonl").read_text().splitlines()
     assert len(rollouts) == 4 and json.loads(rollouts[1])["components"] == {"length": 1.0}
+
+
+def test_a_method_gets_the_greedy_completions_and_answers_that_it_needs(tmp_path):
+    seen = []
+
+    class Looking(FakeLearner):
+        async def step(self, groups, version):
+            seen.extend(groups)
+            return await super().step(groups, version)
+
+    run, _, _ = make(tmp_path, FakeActors(), Looking([]))
+    run.plan = replace(run.plan, method=SimpleNamespace(needs=frozenset({"greedy", "answers"}), filter=None))
+    asyncio.run(run.loop())
+    assert all(len(g.greedy.completions) == 1 and g.answers == ("", "") for g in seen) and len(seen) == 6
 
 
 def test_a_lost_actor_loses_no_group_and_samples_do_not_depend_on_who_generates(tmp_path):

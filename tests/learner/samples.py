@@ -12,12 +12,12 @@ from core.schema import Completion, Group, Prompt, Score
 VOCABULARY = 400
 
 
-def config(model: Path, **learner: Any) -> RunConfig:
+def config(model: Path, baseline_column: str | None = None, **learner: Any) -> RunConfig:
     return RunConfig(
         name="t",
         steps=10,
         model={"path": str(model)},
-        data={"path": "none.jsonl"},
+        data={"path": "none.jsonl", "baseline_column": baseline_column},
         rollout={"prompts": 4, "group_size": 4},
         rewards={"components": {"right": {}, "short": {"weight": 0.5}}},
         # AdamW divides by the root of tiny second moments: a large eps keeps it from amplifying rounding.
@@ -40,13 +40,15 @@ def groups(prompts: int = 4, size: int = 4, seed: int = 0, longest: int = 20, sa
     return [
         Group(
             id=f"g{n}",
-            prompt=Prompt(n, "", tokens(draw.randint(1, 9))),
+            prompt=Prompt(n, "", tokens(draw.randint(1, 9)), {"value": 0.25}),
             completions=tuple(completion() for _ in range(size)),
             components={
                 "right": tuple(Score("ok", float((n + i) % 2)) for i in range(size)),
                 "short": tuple(Score("ok", float(i % 3 == 0)) for i in range(size)),
             },
             totals=tuple(float((n + i) % 2) for i in range(size)) if sampled else (),
+            answers=tuple(str(i % 3) for i in range(size)),
+            greedy=Group(f"g{n}", Prompt(n, "", (5,)), (completion(),), totals=(0.5,)) if sampled else None,
         )
         for n in range(prompts)
     ]

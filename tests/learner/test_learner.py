@@ -14,7 +14,7 @@ from torch import Tensor
 
 from algos.methods import methods, resolve
 from core.errors import UserError
-from learner.learner import SUPPLIED, Learner
+from learner.learner import Learner
 from learner.metrics import METRICS
 from tests.learner import samples
 
@@ -36,27 +36,28 @@ def test_the_update_does_not_depend_on_the_micro_batches(tiny: Path) -> None:
     assert torch.allclose(whole, trained(tiny, token_budget=64), atol=1e-6, rtol=0)
 
 
-SUPPLIABLE = [n for n in methods if resolve(n, context={"max_tokens": 20}).needs <= SUPPLIED]
-
-
-@pytest.mark.parametrize("name", SUPPLIABLE)
-def test_every_method_trains_and_its_update_does_not_depend_on_the_micro_batches(tiny: Path, name: str) -> None:
+@pytest.mark.parametrize("name", methods)
+def test_every_row_trains_two_steps_and_its_update_does_not_depend_on_the_micro_batches(tiny: Path, name: str) -> None:
     method = resolve(name, context={"max_tokens": 20})
-    data = samples.groups(sampled="demonstrations" not in method.needs)
-    data = [replace(g, totals=(1.0, 0.0, 0.0, 0.0)) for g in data]  # a single best one: all that `passk` learns from
+    column = "value" if "baselines" in method.needs else None
     ends = []
     for budget in (100_000, 64):
-        worker = Learner(samples.config(tiny, minibatches=2, token_budget=budget), method)
-        metrics = worker.step(data, version=1).metrics
-        assert metrics["optim/skipped"] == metrics["optim/empty"] == 0.0
-        assert metrics["optim/grad_norm"] > 0 and math.isfinite(metrics["policy/loss"])
+        worker = Learner(samples.config(tiny, column, minibatches=2, token_budget=budget), method)
+        before = parameters(worker)
+        for version in (0, 1):
+            data = samples.groups(seed=version, sampled="demonstrations" not in method.needs)
+            # A single best one in every group: all that `passk` learns from.
+            metrics = worker.step([replace(g, totals=(1.0, 0.0, 0.0, 0.0)) for g in data], version=version).metrics
+            assert metrics["optim/skipped"] == metrics["optim/empty"] == 0.0
+            assert metrics["optim/grad_norm"] > 0 and all(map(math.isfinite, metrics.values()))
         ends.append(parameters(worker))
+        assert not torch.equal(before, ends[-1])
     assert torch.allclose(*ends, atol=1e-6, rtol=0)
 
 
 def test_a_method_that_needs_what_is_not_there_is_refused(tiny: Path) -> None:
-    with pytest.raises(UserError, match="'ppo' needs critic, values"):
-        Learner(samples.config(tiny), resolve("ppo"))
+    with pytest.raises(UserError, match="'custom' needs given"):
+        Learner(samples.config(tiny), resolve({"advantage": "given"}))
 
 
 def test_the_update_does_not_depend_on_the_attention_kernel(tiny: Path) -> None:

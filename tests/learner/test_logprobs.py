@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learner.logprobs import Head, token_logprobs
+from algos.tw_grpo import group_divergence
+from learner.logprobs import Head, divergences, sum_of_squares, tempered, token_logprobs
 
 N, H, V = 50, 8, 300
 
@@ -88,3 +89,29 @@ def test_only_numbers_per_token_are_kept_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         token_logprobs(hidden, weight, b, targets, Head(), 10)
     assert sorted(kept) == sorted([N * H, V * H, V, N, N, N])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_other_readers_say_what_the_whole_distribution_says(chunk: int) -> None:
+    hidden, weight, b, targets = (x if x is None else x.detach() for x in case())
+    head = Head(temperature=0.7)
+    p = (torch.nn.functional.linear(hidden, weight, b) / 0.7).softmax(-1)
+    (squares,) = sum_of_squares(hidden, weight, b, targets, head, chunk)
+    assert torch.allclose(squares, (p**2).sum(-1), atol=1e-5)
+    hot, _ = tempered(1.2)(hidden, weight, b, targets, head, chunk)
+    assert torch.allclose(hot, plain(hidden, weight, b, targets, Head(temperature=0.84))[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 1000])
+def test_divergence_within_groups_is_that_of_the_padded_rectangle(chunk: int) -> None:
+    """Rows 0, 1, 3 are one group with 3, 1 and 2 tokens, row 2 is alone with 2."""
+    hidden, weight, b, _ = (x if x is None else x.detach() for x in case())
+    rows, steps = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3]), torch.tensor([0, 1, 2, 0, 0, 1, 0, 1])
+    (got,) = divergences(rows, steps, torch.tensor([7, 7, 5, 7]))(hidden[:8], weight, b, rows, Head(), chunk)
+    logprobs = torch.nn.functional.linear(hidden[:8], weight, b).log_softmax(-1)
+    q, present = torch.zeros(1, 3, 3, V), torch.zeros(1, 3, 3).bool()
+    for cell, row in ((0, 0), (1, 0), (2, 0), (3, 1), (6, 2), (7, 2)):
+        q[0, row, steps[cell]], present[0, row, steps[cell]] = logprobs[cell], True
+    want = group_divergence(q, present)[0]
+    assert torch.allclose(got[[0, 1, 2, 3, 6, 7]], want[[0, 1, 2, 0, 0, 1]], rtol=1e-4)
+    assert torch.allclose(got[4:6], torch.zeros(2), atol=1e-4)  # alone, it agrees with itself

@@ -11,10 +11,12 @@ import torch.multiprocessing as mp
 
 from algos.methods import resolve
 from learner.learner import Learner
+from learner.model import full
 from learner.ranks import Ranks
 from tests.learner import samples
 
 STEPS = 3
+ROWS = ("ppo", "oreal", "tw_grpo")
 
 
 def run(learner: Learner) -> dict[str, Any]:
@@ -33,6 +35,17 @@ def learner(model: Path, name: str, ranks: Ranks | None = None) -> Learner:
     return Learner(config, resolve({"row": "grpo", "kl": {"in_loss": {"coef": 0.1}}}), ranks=ranks)
 
 
+def with_companions(model: Path, row: str, ranks: Ranks | None = None) -> dict[str, Any]:
+    """Two steps of a row; its tensors and those of what is trained beside the policy."""
+    config = samples.config(model, token_budget=80, critic={"lr": 1e-3}, token_reward_model={"lr": 1e-3})
+    worker = Learner(config, resolve(row), ranks=ranks)
+    for step in range(2):
+        worker.step(samples.groups(prompts=3 - 2 * step, seed=step), version=step)  # a rank without work in the second
+    models = {field: c.model.hf for field, c in worker.companions.items()}
+    beside = {f"{field}/{name}": full(p) for field, hf in models.items() for name, p in hf.named_parameters()}
+    return {"tensors": (worker.export(lambda items: {n: t.clone() for n, t in items}) or {}) | beside}
+
+
 def work(rank: int, model: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = Ranks.join(rank, 2, f"file://{folder}/meet", torch.device("cpu"), timeout=120)
@@ -49,6 +62,8 @@ def work(rank: int, model: Path, folder: Path) -> None:
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
     halves = Learner(config, resolve("grpo"), ranks=ranks)
     torch.save(run(halves), folder / f"bfloat16-{rank}.pt")
+    for row in ROWS:
+        torch.save(with_companions(model, row, ranks), folder / f"{row}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -73,6 +88,13 @@ def test_two_ranks_train_like_one(two: Path, tiny: Path) -> None:
         for metric in ("policy/loss", "policy/entropy", "policy/kl_ref", "optim/grad_norm", "learner/tokens"):
             assert mine.metrics.get(metric) == pytest.approx(theirs.metrics.get(metric), rel=1e-3, abs=1e-5), metric
     assert [r.metrics for r in first["results"]] == [r.metrics for r in second["results"]]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_two_ranks_train_companions_like_one(two: Path, tiny: Path, row: str) -> None:
+    alone, together = with_companions(tiny, row)["tensors"], load(two, row)[0]["tensors"]
+    for key, tensor in alone.items():
+        assert torch.allclose(tensor, together[key], atol=1e-5, rtol=0), key
 
 
 @pytest.mark.parametrize("name", ["spam", "stable_spam"])

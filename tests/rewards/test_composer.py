@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,6 @@ def group(*texts: str, **columns: Any) -> Group:
 
 
 def scored(totals: tuple[float, ...], **components: tuple[Score, ...]) -> Group:
-    from dataclasses import replace
-
     return replace(group(*["x"] * len(totals)), components=components, totals=totals)
 
 
@@ -87,6 +86,15 @@ def test_without_a_right_answer_nothing_is_known_and_nothing_is_zero(run: Any) -
     metrics = composer.metrics([found])
     assert "reward/total" not in metrics and "reward/math_answer" not in metrics
     assert metrics["reward/unscorable"] == metrics["reward/math_answer_abstained"] == 1.0
+
+
+def test_a_greedy_completion_is_scored_like_the_others_and_is_in_no_statistic(run: Any) -> None:
+    greedy = group(r"\boxed{3}", answer="4")
+    sampled = replace(group(r"\boxed{4}", r"\boxed{5}", answer="4"), greedy=greedy)
+    composer, (scored_group,) = run(config({"math_answer": {"weight": 2.0}}), sampled)
+    (weighed,) = composer.weigh([scored_group])
+    assert weighed.totals == (2.0, 0.0) and weighed.greedy is not None and weighed.greedy.totals == (0.0,)
+    assert len(statistics([weighed]).values) == 2 and composer.metrics([weighed])["reward/total"] == 1.0
 
 
 def test_a_failure_costs_its_own_part_of_the_total(run: Any, tmp_path: Path) -> None:
