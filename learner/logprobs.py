@@ -71,6 +71,7 @@ def divergences(rows: Tensor, steps: Tensor, groups: Tensor) -> Callable[..., tu
     def read(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, chunk: int
     ) -> tuple[Tensor]:
+        """Group by group, `chunk` tokens' logits at a time."""
         out = hidden.new_zeros(len(hidden), dtype=torch.float32)
         for number in groups.unique():
             members = (groups == number).nonzero()[:, 0]
