@@ -47,6 +47,10 @@ class Demonstrations:
         groups = tuple(x for x in found if isinstance(x, Group))
         return Poll(groups, tuple(x for x in found if isinstance(x, Failure)), None, 0)
 
+    def metrics(self) -> dict[str, float]:
+        """Nothing is sampled here."""
+        return {}
+
     def _read(self, request: GroupRequest) -> Group | Failure:
         text = request.prompt.columns[self._column]
         ids = (*self._tokenizer(text, add_special_tokens=False)["input_ids"], self._tokenizer.eos_token_id)

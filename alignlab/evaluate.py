@@ -22,7 +22,7 @@ from alignlab.prompts import PromptStream, Row
 from alignlab.results import Evaluation, problem_rows, summarise
 from alignlab.run_dir import RunDir, write_atomically
 from core.config import DataConfig, RewardsConfig, RunConfig
-from core.errors import UserError
+from core.errors import UserError, nearest
 from core.loading import load_config, override, parse_config
 from core.schema import Group, GroupRequest, Sampling, sample_seed
 
@@ -33,7 +33,14 @@ class Actors(Protocol):
     def run(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Group]: ...
 
 
-GRADER = RewardsConfig(components={"math_answer": {}})
+PROMPT_TOKENS = 2048  # problems of the known benchmarks are shorter, in any tokenizer
+
+
+def grader(run: RunConfig) -> RewardsConfig:
+    """The checker that rewards a run's answers grades them too, with the same idea of where an answer is."""
+    theirs = [part for name, part in run.rewards.components.items() if part.get("fn", name) == "math_answer"]
+    extract = {key: value for part in theirs for key, value in part.items() if key == "extract"}
+    return run.rewards.model_copy(update={"components": {"math_answer": extract}})
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,12 @@ class Job:
     sampling: Sampling
     samples: int
     seed: int
+    grader: Mapping[str, Any]  # options of math_answer
 
 
-def job(name: str, benchmark: Benchmark, rows: Sequence[Row], run: RunConfig, base: DataConfig | None) -> Job:
+def job(
+    name: str, benchmark: Benchmark, rows: Sequence[Row], run: RunConfig, base: DataConfig | None, max_tokens: int
+) -> Job:
     """`run.eval` says how much and how; `base` lends the template of the training data, none means the benchmark's."""
     settings = run.eval
     data = DataConfig(
@@ -59,8 +69,9 @@ def job(name: str, benchmark: Benchmark, rows: Sequence[Row], run: RunConfig, ba
         system=None if base is None else base.system,
         chat_template=True if base is None else base.chat_template,
     )
-    sampling = Sampling(settings.max_tokens or run.rollout.max_tokens, settings.temperature)
-    return Job(name, rows, data, sampling, settings.samples, run.seed)
+    sampling = Sampling(max_tokens, settings.temperature, stop=tuple(run.rollout.stop))
+    options = grader(run).components["math_answer"]
+    return Job(Path(name).stem, rows, data, sampling, settings.samples, run.seed, options)
 
 
 async def evaluate(
@@ -84,7 +95,7 @@ async def evaluate(
     started = time.monotonic()
     groups = [await grade(group) async for group in actors.run(requests)]
     groups.sort(key=lambda group: group.prompt.ordinal)
-    result = summarise(job.name, groups, job.samples, time.monotonic() - started)
+    result = summarise(job.name, groups, job.samples, time.monotonic() - started, stream.too_long)
     rows = [row for group in groups for row in problem_rows(group)]
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / f"{job.name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
@@ -95,8 +106,8 @@ async def evaluate(
         "sampling": {name: getattr(job.sampling, name) for name in Sampling.__slots__},
         "samples": job.samples,
         "seed": job.seed,
-        "left_out_too_long": stream.too_long,
-        "result": {name: getattr(result, name) for name in Evaluation.__dataclass_fields__},
+        "grader": {"math_answer": job.grader},
+        "result": result.plain(),
     }
     write_atomically(folder / f"{job.name}.summary.json", json.dumps(summary, indent=2) + "\n")
     return result
@@ -107,8 +118,9 @@ class Evaluator:
 
     def __init__(self, plan: Plan, tokenizer: Any) -> None:
         config = plan.config
-        self._tokenizer, self._model = tokenizer, config.model.path
-        self._jobs = [job(name, b, rows, config, config.data) for name, (b, rows) in plan.benchmarks.items()]
+        self._tokenizer, self._model, self._grader = tokenizer, config.model.path, grader(config)
+        longest = config.eval.max_tokens or config.rollout.max_tokens
+        self._jobs = [job(name, b, rows, config, config.data, longest) for name, (b, rows) in plan.benchmarks.items()]
 
     async def run(self, actors: Actors, folder: Path, version: int) -> dict[str, float]:
         """Evaluate all benchmarks of the config; prints a line each, returns eval/* metrics."""
@@ -117,15 +129,15 @@ class Evaluator:
         if not self._jobs:
             return {}
         metrics: dict[str, float] = {}
-        started, grader = time.monotonic(), Composer(GRADER)
+        started, composer = time.monotonic(), Composer(self._grader)
         try:
             for each in self._jobs:
                 about = {"model": self._model, "version": version}
-                result = await evaluate(each, self._tokenizer, actors, grader.score, folder, about)
+                result = await evaluate(each, self._tokenizer, actors, composer.score, folder, about)
                 print(f"eval after {version} steps: {result.line()}")
                 metrics |= result.metrics()
         finally:
-            await grader.close()
+            await composer.close()
         return metrics | {"time/eval": time.monotonic() - started}
 
 
@@ -133,82 +145,112 @@ class Evaluator:
 def evaluate_model(arguments: argparse.Namespace) -> int:
     """`alignlab eval MODEL --benchmarks ...`. Raises UserError."""
     config, base, folder = _resolve(arguments)
-    jobs = []
-    for name in config.eval.benchmarks:
-        benchmark = benchmarks.find(name)
-        rows = benchmarks.problems(benchmark, config.eval.data, config.eval.limit)
-        longest = config.model_copy(
-            update={"rollout": config.rollout.model_copy(update={"max_tokens": benchmark.max_tokens})}
-        )
-        jobs.append(job(Path(name).stem, benchmark, rows, config if base else longest, base))
+    chosen = {name: benchmarks.find(name) for name in config.eval.benchmarks}
+    rows = {name: benchmarks.problems(b, config.eval.data, config.eval.limit) for name, b in chosen.items()}
+    lengths = {name: config.eval.max_tokens or b.max_tokens for name, b in chosen.items()}
     tokenizer = load_tokenizer(config.model)
-    width = max(j.sampling.max_tokens for j in jobs)
-    config = config.model_copy(update={"eval": config.eval.model_copy(update={"max_tokens": width})})
+    config = _with_room(config, max(lengths.values()))
+    jobs = [job(name, b, rows[name], config, base, lengths[name]) for name, b in chosen.items()]
     with cluster(config):
         asyncio.run(_evaluate_all(config, jobs, tokenizer, folder))
     print(f"per-problem rows and summaries: {folder}")
     return 0
 
 
+def _with_room(config: RunConfig, max_tokens: int) -> RunConfig:
+    """The config of engines that hold prompts of `PROMPT_TOKENS`, as far as the model's positions go."""
+    from transformers import AutoConfig
+
+    known = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision)
+    positions = getattr(known, "max_position_embeddings", None) or PROMPT_TOKENS + max_tokens
+    prompts = min(max(PROMPT_TOKENS, config.data.max_prompt_tokens), positions - max_tokens)
+    if prompts <= 0:
+        raise UserError(
+            f"--max-tokens: answers of {max_tokens} tokens leave no room for a prompt; the model has {positions} "
+            "positions"
+        )
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"max_prompt_tokens": prompts}),
+            "eval": config.eval.model_copy(update={"max_tokens": max_tokens}),
+        }
+    )
+
+
 async def _evaluate_all(config: RunConfig, jobs: Sequence[Job], tokenizer: Any, folder: Path) -> None:
     from actors.pool import ActorPool
     from rewards.composer import Composer
 
-    pool, grader = ActorPool(config, folder / "logs"), Composer(GRADER)
+    pool, composer = ActorPool(config, folder / "logs"), Composer(grader(config))
     try:
         await pool.start()
         for each in jobs:
-            result = await evaluate(each, tokenizer, pool, grader.score, folder, {"model": config.model.path})
+            result = await evaluate(each, tokenizer, pool, composer.score, folder, {"model": config.model.path})
             print(result.line(), flush=True)
     finally:
-        await grader.close()
+        await composer.close()
         await pool.close()
 
 
 def _resolve(arguments: argparse.Namespace) -> tuple[RunConfig, DataConfig | None, Path]:
     """(config of the actors and the evaluation, the run's data section if MODEL is a run, folder for the results)."""
-    model, base, tree, out = Path(arguments.model), None, {}, Path("evals") / Path(arguments.model).name
-    run = next((p for p in (model, *model.parents) if (p / "config.yaml").exists()), None)
+    names = [name for name in arguments.benchmarks.split(",") if name]
+    if not names:
+        raise UserError("--benchmarks: names none; " + nearest("", benchmarks.benchmarks))
+    model, base, out = Path(arguments.model).expanduser(), None, Path("evals") / Path(arguments.model).name
+    run = _run_of(model)
     if run is not None:
         trained = load_config(run / "config.yaml")
         checkpoint = _checkpoint(run, model)
         base, model, out = trained.data, checkpoint.model, run / "evals" / f"eval-step-{checkpoint.step:06d}"
-        tree = json.loads(trained.model_dump_json(include={"rollout", "actors", "cluster", "data"}))
-        dtype = trained.model.dtype
+        tree = json.loads(trained.model_dump_json(include={"rollout", "actors", "cluster", "data", "rewards"}))
+        dtype, longest = trained.model.dtype, arguments.max_tokens or trained.rollout.max_tokens
     else:
         check_folder("MODEL", arguments.model)
-        dtype, tree = "float32", {"data": {"path": "-", "max_prompt_tokens": 2048}, "rollout": {}}
+        dtype, longest, tree = "float32", arguments.max_tokens, {"data": {"path": "-"}}
     if arguments.template is not None:
         base = (base or DataConfig(path="-")).model_copy(update={"template": arguments.template})
-    samples, temperature = arguments.samples, arguments.temperature
-    if temperature is None:
-        temperature = 0.0 if samples == 1 else 1.0
-    if samples > 1 and temperature == 0:
-        raise UserError(
-            f"--samples {samples}: at temperature 0 all samples are equal; use --temperature 1, or one sample"
-        )
     tree |= {
         "name": "eval",
         "steps": 1,
         "seed": arguments.seed,
         "model": {"path": str(model) if run else arguments.model, "dtype": dtype},
         "eval": {
-            "benchmarks": [name for name in arguments.benchmarks.split(",") if name],
+            "benchmarks": names,
             "data": arguments.data,
             "limit": arguments.limit,
-            "samples": samples,
-            "temperature": temperature,
-            "max_tokens": arguments.max_tokens,
+            "samples": arguments.samples,
+            "temperature": _temperature(arguments.samples, arguments.temperature),
+            "max_tokens": longest,
         },
     }
     config = parse_config(override(tree, arguments.overrides), "command line")
     return config, base, Path(arguments.out) if arguments.out else out
 
 
+def _temperature(samples: int, temperature: float | None) -> float:
+    if samples > 1 and temperature == 0:
+        raise UserError(
+            f"--samples {samples}: at temperature 0 all samples are equal; use --temperature 1, or one sample"
+        )
+    return temperature if temperature is not None else 0.0 if samples == 1 else 1.0
+
+
+def _run_of(model: Path) -> Path | None:
+    """The run that `model` is, or is a checkpoint of."""
+    places = [model, *(p.parent for p in (model, *model.parents) if p.name == "checkpoints")]
+    return next((place for place in places if (place / "config.yaml").exists()), None)
+
+
 def _checkpoint(run: Path, model: Path) -> Any:
-    """The checkpoint that `model` names, or the run's newest. Raises UserError."""
+    """The checkpoint that `model` names; the newest if it names the run. Raises UserError."""
     found = RunDir(run).checkpoints()
     if not found:
         raise UserError(f"{run}: no checkpoint yet; the run saves at its end and every checkpoint.every steps")
+    if model.resolve() in (run.resolve(), (run / "checkpoints").resolve()):
+        return found[-1]
     named = [c for c in found if c.path.resolve() in (model.resolve(), *model.resolve().parents)]
-    return (named or found)[-1]
+    if not named:
+        there = ", ".join(f"step-{c.step:06d}" for c in found)
+        raise UserError(f"MODEL: there is no checkpoint {model}; {run / 'checkpoints'} holds {there}")
+    return named[0]

@@ -35,7 +35,12 @@ METRICS: dict[str, Meaning] = {
     ),
     "rollout/staleness_max": Meaning("the same, of the oldest token", "at most max_staleness", "as above"),
     "rollout/tokens_per_second": Meaning(
-        "trained completion tokens per second of the whole step", "steady", "see time/*"
+        "tokens that all actors sampled, per second of the step", "steady", "below what actors reach alone: see busy"
+    ),
+    "rollout/busy": Meaning(
+        "share of the step in which the actors' engines were at work, mean over the actors",
+        "near 1 when max_staleness > 0",
+        "low: the learner is the bottleneck; add ranks, or raise rollout.max_staleness",
     ),
     "rollout/retried": Meaning("groups given to another actor so far, because theirs was lost", "0", "read logs/"),
     "rollout/refused": Meaning("late results of lost actors, thrown away, so far", "0", "raise actors.silence_timeout"),
@@ -66,7 +71,7 @@ METRICS: dict[str, Meaning] = {
     ),
     "time/train": Meaning("seconds in the learner's step", "steady", "add learner ranks"),
     "time/publish": Meaning("seconds until every actor served the new version", "far below time/step", "use nccl"),
-    "time/checkpoint": Meaning("seconds to write a checkpoint", "", "checkpoint.every"),
+    "time/checkpoint": Meaning("seconds of the checkpoint before this step", "far below time/step", "checkpoint.every"),
     "time/eval": Meaning("seconds of the evaluation", "", "eval.limit, eval.every"),
 }
 
@@ -83,7 +88,12 @@ class MetricsWriter:
         self._board.add_custom_scalars({"Overview": {title: ["Multiline", tags] for title, tags in OVERVIEW.items()}})
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl and one point of each curve. NaN (nothing to average) is null and no point."""
+        """One line of metrics.jsonl and one point of each curve, or nothing where there is nothing to write.
+
+        NaN (nothing to average) is null and no point.
+        """
+        if not metrics:
+            return
         row = {name: (value if math.isfinite(value) else None) for name, value in sorted(metrics.items())}
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **row}) + "\n")
         self._file.flush()
@@ -153,6 +163,22 @@ def step_line(step: int, steps: int, metrics: Mapping[str, float], eta_seconds: 
     numbers = [text.format(metrics[name]) for name, text in LINE.items() if name in metrics]
     minutes, seconds = divmod(int(eta_seconds), 60)
     return f"step {step:>{len(str(steps))}}/{steps}  {'  '.join(numbers)}  eta {minutes}:{seconds:02d}"
+
+
+def warnings(metrics: Mapping[str, float], run: Path) -> list[str]:
+    """What a person must be told of a step beside its line."""
+    found = []
+    if metrics.get("optim/skipped", 0) > 0:
+        found.append(
+            f"{metrics['optim/skipped']:g} update(s) skipped: loss or gradient was not finite; the batch is in "
+            f"{run / 'skipped'}, the weights stayed as they were"
+        )
+    if metrics.get("optim/empty", 0) > 0:
+        found.append(
+            f"{metrics['optim/empty']:g} update(s) had nothing to train on: every completion was filtered, rejected or "
+            "empty; see policy/filtered and policy/rejected"
+        )
+    return found
 
 
 def rollout_rows(step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]) -> list[dict[str, Any]]:

@@ -24,23 +24,32 @@ class Evaluation:
     length_mean: float  # tokens of a completion
     truncated: float
     unscored: int  # completions without a verdict (timeout, error): left out, never counted as wrong
+    left_out: int  # problems that were not asked because their prompt is too long
     seconds: float
     tokens_per_second: float
 
     def metrics(self) -> dict[str, float]:
         """The numbers as `eval/<benchmark>/<name>`."""
-        names = ("accuracy", "low", "high", "length_mean", "truncated", "unscored", "tokens_per_second")
+        names = ("accuracy", "low", "high", "length_mean", "truncated", "unscored", "left_out")
+        names += ("tokens_per_second",)
         numbers = {name: float(getattr(self, name)) for name in names}
         numbers |= {f"pass_at_{k}": value for k, value in self.pass_at.items() if k > 1}
         return {f"eval/{self.benchmark}/{name}": value for name, value in numbers.items()}
+
+    def plain(self) -> dict[str, Any]:
+        """All of it as JSON has it: what does not exist is null."""
+        numbers = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        numbers["pass_at"] = {k: _known(value) for k, value in self.pass_at.items()}
+        return {name: _known(value) for name, value in numbers.items()}
 
     def line(self) -> str:
         """The result in one readable line."""
         passes = "".join(f"  pass@{k} {value:.3f}" for k, value in self.pass_at.items() if k > 1)
         unscored = f"  unscored {self.unscored}" if self.unscored else ""
+        left_out = f", {self.left_out} left out as too long" if self.left_out else ""
         return (
             f"{self.benchmark}: accuracy {self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}]{passes}  "
-            f"({self.problems} problems x {self.samples})  length {self.length_mean:.1f}  "
+            f"({self.problems} problems x {self.samples}{left_out})  length {self.length_mean:.1f}  "
             f"truncated {self.truncated:.3f}{unscored}  {self.tokens_per_second:.0f} tokens/s  {self.seconds:.1f} s"
         )
 
@@ -61,7 +70,7 @@ def problem_rows(group: Group) -> Iterable[dict[str, Any]]:
         }
 
 
-def summarise(name: str, groups: Sequence[Group], samples: int, seconds: float) -> Evaluation:
+def summarise(name: str, groups: Sequence[Group], samples: int, seconds: float, left_out: int = 0) -> Evaluation:
     """The numbers of one benchmark from its graded groups (each problem one group)."""
     verdicts = [[s.value > 0.5 for s in g.components["math_answer"] if s.status == "ok"] for g in groups]
     scored = [v for v in verdicts if v]
@@ -81,6 +90,7 @@ def summarise(name: str, groups: Sequence[Group], samples: int, seconds: float) 
         length_mean=_mean(lengths),
         truncated=_mean([c.truncated for c in completions]),
         unscored=len(completions) - sum(map(len, verdicts)),
+        left_out=left_out,
         seconds=seconds,
         tokens_per_second=sum(lengths) / max(seconds, 1e-9),
     )
@@ -117,6 +127,10 @@ def interval(shares: Sequence[float], z: float = 1.96) -> tuple[float, float]:
         centre = mean
         half = z * math.sqrt(sum((share - mean) ** 2 for share in shares) / (n - 1) / n)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mean(values: Sequence[float]) -> float:

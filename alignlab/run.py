@@ -16,7 +16,7 @@ from typing import Any
 
 from actors.pool import ActorLost
 from alignlab import coordinator as c
-from alignlab.metrics import MetricsWriter, group_metrics, rollout_rows, step_line
+from alignlab.metrics import MetricsWriter, group_metrics, rollout_rows, step_line, warnings
 from alignlab.plan import Plan
 from alignlab.prompts import PromptStream
 from alignlab.run_dir import RunDir
@@ -48,6 +48,7 @@ class Run:
     publish: Callable[[int], Awaitable[None]]
     evaluate: Callable[[int], Awaitable[dict[str, float]]]
     writer: MetricsWriter
+    saved: int = -1  # the step whose checkpoint is on disk; -1 for none
     say: Say = print
     _events: asyncio.Queue[tuple[c.Event, Group | None] | Exception] = field(default_factory=asyncio.Queue)
     _groups: dict[int, Group] = field(default_factory=dict)  # accepted and not yet trained, by ordinal
@@ -55,13 +56,16 @@ class Run:
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _step_ended: float = field(default_factory=time.monotonic)
     _step_seconds: list[float] = field(default_factory=list)
-    _saved: int = -1
+    _checkpoint_seconds: float | None = None  # of the checkpoint after the last step
+    _progress: float = field(default_factory=time.monotonic)  # when the actors last had sampled something
+    _training: bool = False
 
     async def loop(self) -> None:
         """Run to the last step, or to the end of the step during which `stop` was called; then save.
 
         Raises RunAborted when it cannot go on, and whatever a part raised.
         """
+        self._step_ended = self._progress = time.monotonic()
         try:
             for name in self.actors.names:
                 self._spawn(self._poll(name))
@@ -72,7 +76,7 @@ class Run:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._saved != self.coordinator.version:
+        if self.saved != self.coordinator.version:
             await self._checkpoint(self.coordinator.version)
 
     def stop(self) -> None:
@@ -100,18 +104,24 @@ class Run:
         return False
 
     async def _next_event(self) -> tuple[c.Event, Group | None]:
-        # Every part has its own, shorter deadline; this one catches what none of them sees.
+        """The next event. Raises what a part raised, and RunAborted when nothing moves any more.
+
+        Every part has its own deadline, so a step under way is not judged here; nor are actors that sample.
+        """
         limit = self.plan.config.learner.timeout
-        try:
-            event = await asyncio.wait_for(self._events.get(), limit)
-        except TimeoutError:
-            raise RunAborted(
-                f"nothing happened for {limit:g} s (learner.timeout); groups by state: {self.coordinator.tally()}; "
-                f"see {self.run_dir.path / 'logs'}"
-            ) from None
-        if isinstance(event, Exception):
-            raise event
-        return event
+        while True:
+            try:
+                event = await asyncio.wait_for(self._events.get(), limit)
+            except TimeoutError:
+                if self._training or time.monotonic() - self._progress < limit:
+                    continue
+                raise RunAborted(
+                    f"nothing happened for {limit:g} s (learner.timeout); groups by state: {self.coordinator.tally()}; "
+                    f"see {self.run_dir.path / 'logs'}"
+                ) from None
+            if isinstance(event, Exception):
+                raise event
+            return event
 
     def _spawn(self, work: Awaitable[None]) -> None:
         """Run `work` beside the loop; what it raises ends the run."""
@@ -142,6 +152,7 @@ class Run:
             return  # its poll says so too, and there the loss is dealt with, once
 
     async def _poll(self, actor: str) -> None:
+        sampled = 0
         while True:
             try:
                 poll = await self.actors.poll(actor)
@@ -151,6 +162,8 @@ class Run:
                 await self.actors.replace(actor)
                 self._tell(c.ActorJoined(actor))
                 continue
+            if poll.stats is not None and poll.stats.tokens != sampled:
+                sampled, self._progress = poll.stats.tokens, time.monotonic()
             for group in poll.groups:
                 self._tell(c.GroupDone(self._ordinals[group.id], actor, group.attempt), group)
             for failure in poll.failures:
@@ -169,12 +182,12 @@ class Run:
 
     async def _train(self, step: int, ordinals: Sequence[int]) -> None:
         """Train on a batch, serve the new weights, write down what happened. `step` counts from 0."""
+        self._training = True
         groups = [self._groups.pop(ordinal) for ordinal in ordinals]
         version, times = step + 1, {"time/wait_groups": time.monotonic() - self._step_ended}
         metrics = group_metrics(groups, version=step)
         if not self.plan.demonstrations:
             groups = self.composer.weigh(groups)
-            self.composer.check(groups)
             metrics |= self.composer.metrics(groups)
         with _timed(times, "time/train"):
             result = await self.learner.step(groups, version=step)
@@ -186,18 +199,20 @@ class Run:
             await self._checkpoint(version)
         if config.eval.every and version % config.eval.every == 0 and version < config.steps:
             self.writer.write(version, await self.evaluate(version))
+        self.actors.metrics()  # what was sampled for the evaluation is no rollout
+        self._step_ended, self._training = time.monotonic(), False
         self._tell(c.StepDone(step))
 
     def _write(
         self, step: int, groups: list[Group], result: Any, metrics: dict[str, float], times: dict[str, float]
     ) -> None:
-        now = time.monotonic()
-        seconds, self._step_ended = now - self._step_ended, now
+        seconds = time.monotonic() - self._step_ended
         self._step_seconds = [*self._step_seconds[-19:], seconds]
         counts = self.coordinator.counts
-        metrics |= result.metrics | times
+        metrics |= result.metrics | times | self.actors.metrics()
         metrics["time/step"] = seconds
-        metrics["rollout/tokens_per_second"] = sum(group.tokens for group in groups) / seconds
+        if self._checkpoint_seconds is not None:
+            metrics["time/checkpoint"], self._checkpoint_seconds = self._checkpoint_seconds, None
         metrics["rollout/retried"], metrics["rollout/refused"] = counts["retried"], counts["refused"]
         metrics["rollout/dropped"] = self.coordinator.tally()["dropped"]
         self.writer.write(step, metrics)
@@ -206,6 +221,8 @@ class Run:
         self.writer.rollouts(step, rows)
         steps, mean = self.plan.config.steps, sum(self._step_seconds) / len(self._step_seconds)
         self.say(step_line(step, steps, metrics, (steps - step) * mean))
+        for line in warnings(metrics, self.run_dir.path):
+            self.say(f"  {line}")
 
     async def _checkpoint(self, step: int) -> None:
         """Everything that the next step depends on, in one folder that is there as a whole or not at all."""
@@ -214,8 +231,7 @@ class Run:
         await self.learner.save(folder)
         state = {"step": step, "coordinator": self.coordinator.state_dict(), "rewards": self.composer.state_dict()}
         self.run_dir.commit_checkpoint(step, state, keep=self.plan.config.checkpoint.keep)
-        self._saved = step
-        self.writer.write(step, {"time/checkpoint": time.monotonic() - started})
+        self.saved, self._checkpoint_seconds = step, time.monotonic() - started
 
 
 class _timed:

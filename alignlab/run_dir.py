@@ -2,12 +2,12 @@
 
 runs/<name>/config.yaml        the resolved config; `alignlab train` runs it again
             environment.json   versions, machine, command
-            metrics.jsonl      one line a step: {"step": 3, "reward/total": 0.4, ...}
+            metrics.jsonl      one line a step and one an evaluation: {"step": 3, "reward/total": 0.4, ...}
             tensorboard/       the same numbers
             rollouts/step-000003.jsonl   one line a completion: text, components, advantage
             evals/             per-problem rows and a summary of every evaluation
             checkpoints/step-000020/     model/ (a Hugging Face folder), trainer/, run.json (written last)
-            logs/              one file per process and attempt
+            logs/              one file per process; those of earlier attempts in attempt-N/
             skipped/           batches whose gradient was not finite
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -55,14 +56,17 @@ class RunDir:
 
     @classmethod
     def create(cls, config: RunConfig, *, resume: bool) -> RunDir:
-        """The folder for `config`, new or (with `resume`) the one that is there. Raises UserError."""
+        """The folder for `config`, new or (with `resume`) the one that is there. Raises UserError.
+
+        A run that ended before its first step left nothing to protect: the next attempt simply starts.
+        """
         run = cls(Path(config.output_dir) / config.name)
-        there = (run.path / "config.yaml").exists()
-        if resume:
-            if not there:
+        if not run._begun():
+            if resume and not (run.path / "config.yaml").exists():
                 raise UserError(f"--resume: there is no run in {run.path}; leave --resume out to start it")
+        elif resume:
             run._check_same(config)
-        elif there:
+        else:
             raise UserError(
                 f"{run.path} already holds a run; add --resume to go on with it, or name=OTHER to start another"
             )
@@ -72,20 +76,32 @@ class RunDir:
         attempt = len(list(run.path.glob("environment*.json")))
         name = "environment.json" if attempt == 0 else f"environment-{attempt}.json"
         write_atomically(run.path / name, json.dumps(environment(), indent=2) + "\n")
+        run._put_logs_aside(attempt - 1)
         return run
 
+    def _begun(self) -> bool:
+        """Whether a step has been done or saved."""
+        return bool(self.checkpoints()) or any((self.path / "rollouts").glob("step-*.jsonl"))
+
     def _check_same(self, config: RunConfig) -> None:
-        """A resumed run may get longer or report more often; what shapes the updates must stay."""
-        free = {"steps", "checkpoint", "eval", "cluster", "output_dir"}
-        old = load_config(self.path / "config.yaml").model_dump(exclude=free)
-        new = config.model_dump(exclude=free)
-        changed = sorted(key for key in new if new[key] != old[key])
+        """A resumed run may be placed otherwise, get longer, report more often; what shapes the updates must stay."""
+        old = _leaves(load_config(self.path / "config.yaml").model_dump())
+        new = _leaves(config.model_dump())
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _free(key)]
         if changed:
-            detail = "; ".join(f"{key} was {old[key]!r}, is {new[key]!r}" for key in changed)
+            detail = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
             raise UserError(
-                f"--resume: the config differs from {self.path / 'config.yaml'} in {', '.join(changed)} ({detail}); "
-                f"resume with that file, or start a new run with name=OTHER"
+                f"--resume: the config differs from {self.path / 'config.yaml'} in what shapes the updates: {detail}. "
+                f"Resume with that file, or start a new run with name=OTHER"
             )
+
+    def _put_logs_aside(self, attempt: int) -> None:
+        logs = self.path / "logs"
+        if old := [path for path in logs.iterdir() if path.is_file()]:
+            aside = logs / f"attempt-{attempt}"
+            aside.mkdir(exist_ok=True)
+            for path in old:
+                path.rename(aside / path.name)
 
     # ------------------------------------------------------------ rows
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -118,9 +134,13 @@ class RunDir:
         partial = self.path / "checkpoints" / f".partial-{step:06d}"
         final = self.path / "checkpoints" / f"step-{step:06d}"
         write_atomically(partial / "run.json", json.dumps(state, indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
+        aside = final.with_name(f".old-{step:06d}")
+        shutil.rmtree(aside, ignore_errors=True)
+        if final.exists():
+            os.rename(final, aside)
         os.rename(partial, final)
         _fsync(final.parent)
+        shutil.rmtree(aside, ignore_errors=True)
         for old in self.checkpoints()[:-keep]:
             shutil.rmtree(old.path)
         return Checkpoint(step, final)
@@ -129,6 +149,26 @@ class RunDir:
         """Complete checkpoints, oldest first."""
         paths = sorted((self.path / "checkpoints").glob("step-*/run.json"))
         return [Checkpoint(int(p.parent.name.removeprefix("step-")), p.parent) for p in paths]
+
+
+# Options that a resumed run may change: whole sections, or single options of sections that otherwise must stay.
+FREE = ("name", "output_dir", "steps", "checkpoint", "eval", "cluster", "actors", "rollout.max_attempts")
+FREE += ("rewards.workers", "rewards.timeout", "rewards.memory_gib", "rewards.max_failed", "model.attention")
+FREE += tuple(f"learner.{name}" for name in ("ranks", "device", "token_budget", "threads", "timeout", "logprob_chunk"))
+FREE += ("learner.activation_checkpointing",)
+FIXED = ("actors.dtype",)  # of a free section
+
+
+def _free(key: str) -> bool:
+    return key not in FIXED and any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one of dotted keys."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree}
+    below = (_leaves(value, f"{prefix}.{key}".lstrip(".")) for key, value in tree.items())
+    return {key: value for leaves in below for key, value in leaves.items()}
 
 
 def environment() -> dict[str, Any]:
@@ -152,10 +192,30 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "python": sys.version.split()[0],
         "versions": versions,
+        "commit": _commit(),
         "cpus": os.cpu_count(),
+        "gpus": _gpus(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "machine": os.uname().machine,
         "system": f"{os.uname().sysname} {os.uname().release}",
     }
+
+
+def _commit() -> str | None:
+    """The commit that this code is of, with + where it was changed; none outside a clone."""
+    here = Path(__file__).resolve().parents[1]
+    if not (here / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return None
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -31,6 +31,7 @@ def train(config: RunConfig, *, resume: bool = False) -> int:
     plan = make_plan(config)
     tokenizer = load_tokenizer(config.model)
     prompts = PromptStream(config.data, tokenizer, config.seed)
+    _check_data(plan, prompts)
     evaluator = Evaluator(plan, tokenizer)
     run_dir = RunDir.create(config, resume=resume)
     checkpoint = (run_dir.checkpoints() or [None])[-1]
@@ -44,6 +45,12 @@ def train(config: RunConfig, *, resume: bool = False) -> int:
             return 1
     _say_end(plan, run_dir, step)
     return 0 if step >= config.steps else 130
+
+
+def _check_data(plan: Plan, prompts: PromptStream) -> None:
+    from rewards.composer import check_components, check_data
+
+    check_data(check_components(plan.config.rewards), prompts[0].columns)
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -105,7 +112,8 @@ async def _train(
         async def evaluate(version: int) -> dict[str, float]:
             return await evaluator.run(actors, run_dir.path / "evals" / f"step-{version:06d}", version)
 
-        run = Run(plan, run_dir, coordinator, prompts, actors, composer, learner, publish, evaluate, writer)
+        saved = checkpoint.step if checkpoint else -1
+        run = Run(plan, run_dir, coordinator, prompts, actors, composer, learner, publish, evaluate, writer, saved)
         await publish(first)
         if first == 0:
             writer.write(0, await evaluate(0))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -133,14 +133,14 @@ class Micro:
 def collate(
     groups: Sequence[Group],
     device: torch.device | str = "cpu",
-    components: Sequence[str] = (),
+    components: Mapping[str, float] | None = None,
     baseline_column: str | None = None,
 ) -> tuple[Batch, Sequences]:
     """The whole step as one batch, group after group, completion after completion.
 
-    `rewards` are the totals [B], or the named components [B, R]; `baselines` are read from a column of the data.
-    Demonstrations bring neither log-probs nor versions
-    nor totals: then `rollout_logprobs` and `versions` are None and `rewards` NaN.
+    `rewards` are the totals [B]; or, given the weights of the components, those apart [B, R]. `baselines` are read from
+    a column of the data. Demonstrations bring neither log-probs nor versions nor totals: then `rollout_logprobs` and
+    `versions` are None and `rewards` NaN.
     Raises ValueError when some completions bring log-probs and others do not, or a prompt is empty.
     """
     rows = [(g, i) for g in groups for i in range(len(g.completions))]
@@ -161,32 +161,45 @@ def collate(
     def column(values: list, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
-    def rewards(group: Group, i: int) -> float | list[float]:
-        if components:
-            return [group.components[name][i].value for name in components]
-        return group.totals[i] if group.totals else math.nan
-
     from_engine = sampled == {True}
     numbers = [n for n, g in enumerate(groups) for _ in g.completions]
     batch = Batch(
         mask=rectangle([(True,) * len(c.token_ids) for c in completions], torch.bool),
         group=column(numbers, torch.int64),
-        rewards=column([rewards(g, i) for g, i in rows], torch.float64),
+        rewards=column([g.totals[i] if g.totals else math.nan for g, i in rows], torch.float64),
         truncated=column([c.truncated for c in completions], torch.bool),
         versions=rectangle([c.versions for c in completions], torch.int64) if from_engine else None,
         rollout_logprobs=rectangle([c.rollout_logprobs for c in completions], torch.float32) if from_engine else None,
         prompts=tuple(_name(g.prompt.token_ids) for g, _ in rows),
     )
-    if all(g.greedy for g in groups):
-        batch = replace(batch, greedy_rewards=column([g.greedy.totals[0] for g, _ in rows], torch.float64))
-    if all(g.answers for g in groups):
-        classes = {answer: i for i, answer in enumerate(sorted({a for g in groups for a in g.answers}))}
-        batch = replace(batch, answers=column([classes[g.answers[i]] for g, i in rows], torch.int64))
-    if baseline_column is not None:
-        values = [float(g.prompt.columns[baseline_column]) for g, _ in rows]
-        batch = replace(batch, baselines=column(values, torch.float64))
+    if apart := _scored_components(groups) if components else []:
+        values = [[g.components[n][i].value if n in g.components else math.nan for n in apart] for g, i in rows]
+        weights = [components.get(name, components.get(name.partition("/")[0], 1.0)) for name in apart]
+        batch = replace(batch, rewards=column(values, torch.float64), reward_weights=column(weights, torch.float64))
+    batch = replace(batch, **_beside_rewards(rows, baseline_column, column))
     prompts = [g.prompt.token_ids for g, _ in rows]
     return batch, Sequences(prompts, [c.token_ids for c in completions], numbers)
+
+
+def _beside_rewards(
+    rows: Sequence[tuple[Group, int]], baseline_column: str | None, column: Callable[[list, torch.dtype], Tensor]
+) -> dict[str, Tensor]:
+    """What rewards are compared with, each [B], as far as the groups bring it."""
+    found = {}
+    if all(g.greedy for g, _ in rows):
+        found["greedy_rewards"] = column([g.greedy.totals[0] for g, _ in rows], torch.float64)
+    if all(g.answers for g, _ in rows):
+        classes = {answer: number for number, answer in enumerate(sorted({g.answers[i] for g, i in rows}))}
+        found["answers"] = column([classes[g.answers[i]] for g, i in rows], torch.int64)
+    if baseline_column is not None:
+        found["baselines"] = column([float(g.prompt.columns[baseline_column]) for g, _ in rows], torch.float64)
+    return found
+
+
+def _scored_components(groups: Sequence[Group]) -> list[str]:
+    """Components that scored something, `name/key` each where a function returned several."""
+    names = dict.fromkeys(name for g in groups for name in g.components)
+    return [n for n in names if any(s.status == "ok" for g in groups for s in g.components.get(n, ()))]
 
 
 def _name(token_ids: tuple[int, ...]) -> str:

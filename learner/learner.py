@@ -85,7 +85,9 @@ class Learner:
             config.learner.optimizer, self.policy.hf.named_parameters(), self.policy.block_parameters()
         )
         self.companions = load_companions(config, method.needs, self.ranks)
-        self.components = tuple(config.rewards.components) if "components" in method.needs else ()
+        self.components: dict[str, float] | None = None
+        if "components" in method.needs:
+            self.components = {name: float(c.get("weight", 1.0)) for name, c in config.rewards.components.items()}
         self._memory: list[dict[str, Any]] = [{} for _ in method.memory]
         self._steps_done = 0
 
@@ -129,11 +131,7 @@ class Learner:
     def _before(self, groups: Sequence[Group], version: int) -> tuple[Batch, Sequences]:
         """The step's batch with everything that is computed before its first update."""
         batch, sequences = collate(groups, self.ranks.device, self.components, self.config.data.baseline_column)
-        batch = replace(batch, version=version, seed=self._seed("method"))
-        if self.components:
-            weights = [float(c.get("weight", 1.0)) for c in self.config.rewards.components.values()]
-            batch = replace(batch, reward_weights=torch.tensor(weights, device=self.ranks.device))
-        batch = self._measured(batch, sequences)
+        batch = self._measured(replace(batch, version=version, seed=self._seed("method")), sequences)
         batch, self._memory = remember(self.method, batch, self._memory)
         if "tempered" in self.method.needs:
             assert batch.tempering is not None  # checked with the method: a memory fills it

@@ -15,13 +15,13 @@ import asyncio
 import math
 import statistics as stats
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from core.config import RewardsConfig
-from core.errors import UserError
+from core.errors import UserError, nearest
 from core.schema import Group, Score
 from rewards.reward import Reward, Samples, Scores, bind
 from rewards.weighting import WeightingPolicy, fixed, statistics
@@ -91,6 +91,19 @@ def check_components(config: RewardsConfig, where: str = "rewards.components") -
     return {name: _component(name, entry, f"{where}.{name}") for name, entry in config.components.items()}
 
 
+def check_data(
+    components: Mapping[str, Component], columns: Collection[str], where: str = "rewards.components"
+) -> None:
+    """Refuse data that lacks a column which a component reads; raises UserError with the nearest name."""
+    for component in components.values():
+        for name in component.reward.columns:
+            if name not in columns:
+                raise UserError(
+                    f"{where}.{component.name}: it reads the column '{name}', which the data has not; "
+                    f"{nearest(name, columns)}"
+                )
+
+
 def _component(name: str, entry: Mapping[str, Any], where: str) -> Component:
     if "/" in name or not name:
         raise UserError(f"{where}: a component's name has no '/'; it separates the name from what a function returns")
@@ -124,6 +137,7 @@ class Composer:
             timeout=config.timeout,
             memory_gib=config.memory_gib,
         )
+        self._any_total = False  # ever; one step without any is bad luck, all of them are a mistake
         self._policy_metrics: dict[str, float] = {}
         self._seconds: dict[str, list[float]] = defaultdict(list)  # since the last call of `metrics`
 
@@ -161,7 +175,9 @@ class Composer:
         return replace(group, totals=tuple(totals))
 
     def check(self, groups: Sequence[Group]) -> None:
-        """Raise RewardFailure if a component failed on more than `max_failed` of a step's completions."""
+        """Raise RewardFailure if a component failed on more than `max_failed` of a step's completions, or if no
+        completion has had a total yet.
+        """
         for name in self.components:
             scores = _of(groups, name)
             failures = [s for s in scores if s.status in ("timeout", "error")]
@@ -172,6 +188,13 @@ class Composer:
                     f"be scored (rewards.max_failed is {self._max_failed:g}); "
                     f"most often ({count} of them) {status}: {detail}"
                 )
+        self._any_total |= any(math.isfinite(t) for group in groups for t in group.totals)
+        if groups and not self._any_total:
+            said = Counter(f"{n} says {s.status}: {s.detail}" for n in self.components for s in _of(groups, n))
+            raise RewardFailure(
+                "rewards.components: no completion of this step has a total, so there is nothing to learn from; most "
+                f"often {said.most_common(1)[0][0] if said else 'no component said anything'}"
+            )
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """The `METRICS` of a step. What has no value (a mean over nothing) is left out, never 0.

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from core.schema import Score
 from rewards.answers import clean, compare, number, too_complex
-from rewards.reward import rewards
+from rewards.reward import Column, rewards
 
 Extract = Literal["boxed", "marked", "any"]
 """Where an answer may stand: in a box; also after ####; also as the last number of the text."""
@@ -37,7 +37,7 @@ _LAST_NUMBER = re.compile(r"(?<![\w.^{])[-+]?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d
 
 
 @rewards
-def math_answer(completion: str, *, gold: str = "answer", extract: Extract = "marked", **columns: Any) -> Score:
+def math_answer(completion: str, *, gold: Column = "answer", extract: Extract = "marked", **columns: Any) -> Score:
     r"""1 if the last \boxed{} (or `####`) answer equals the right one in column `gold`, else 0.
 
     extract: boxed takes boxes only, marked also what follows `####`, any also the last number of the text.

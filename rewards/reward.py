@@ -44,6 +44,9 @@ from core.schema import Score
 
 rewards = Registry("reward")
 
+Column = str
+"""The type of an option that names a column of the data: a run whose data lacks it is refused."""
+
 Scores = Score | dict[str, Score]  # a mapping where the function returned one
 DETAIL_LIMIT = 500  # characters of an exception that are kept
 
@@ -53,6 +56,8 @@ def _ignore(*args: object, **kwargs: object) -> None:
 
 
 _TRL_EXTRAS: dict[str, Any] = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
+# Inputs that are not columns of the data.
+_OWN = {"completion", "completions", "prompt", "prompts", "completion_ids", "truncated", *_TRL_EXTRAS}
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Reward:
     required: tuple[str, ...]  # those without a default
     everything: bool  # takes **columns
     options: tuple[str, ...]  # names of all options
+    columns: tuple[str, ...] = ()  # columns that the data must have
     hidden: tuple[str, ...] = ()  # options of a user's function that the config leaves at their defaults
     prepare: Callable[[], None] | None = None
     """Called once in a scoring process before the first completion (imports, models); not counted as scoring time."""
@@ -151,12 +157,18 @@ def bind(fn: str, options: Mapping[str, Any], where: str, beside: tuple[str, ...
     parameters = inspect.signature(function).parameters.values()
     inputs = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     own_options = tuple(options_of(function))
+    required = tuple(p.name for p in inputs if p.default is p.empty)
+    naming = [p for p in options_of(function).values() if p.annotation in ("Column", "reward.Column")]
     _check_names(fn, options, own_options, [p.name for p in inputs], where, beside)
     return Reward(
         function=functools.partial(function, **check_options(function, options, where)),
         batch=batch,
         inputs=tuple(p.name for p in inputs),
-        required=tuple(p.name for p in inputs if p.default is p.empty),
+        required=required,
+        columns=(
+            *(name for name in required if name not in _OWN),
+            *(options.get(p.name, p.default) for p in naming),
+        ),
         everything=any(p.kind is p.VAR_KEYWORD for p in parameters),
         options=own_options,
         hidden=tuple(name for name in own_options if users and name not in options and name not in _TRL_EXTRAS),

@@ -115,9 +115,13 @@ class Workers:
     @contextlib.asynccontextmanager
     async def _process(self) -> AsyncIterator[_Process]:
         """A living process, given back afterwards if it still lives."""
-        if self._closed:
+        process = None
+        if not self._closed:
+            process = self._idle.pop() if self._idle else await _Process.start(self._hello)
+        if process is None or self._closed:  # also while it started
+            if process is not None:
+                await process.kill()
             raise RewardFailure("the scoring processes were closed while completions were being scored")
-        process = self._idle.pop() if self._idle else await _Process.start(self._hello)
         self._busy.add(process)
         whole = False
         try:

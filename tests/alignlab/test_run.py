@@ -11,7 +11,7 @@ from actors.actor import Failure, Poll
 from actors.engine import EngineSpec, FakeEngine
 from actors.pool import ActorLost
 from alignlab.coordinator import Coordinator
-from alignlab.metrics import MetricsWriter, step_line
+from alignlab.metrics import MetricsWriter, step_line, warnings
 from alignlab.plan import Plan
 from alignlab.run import Run, RunAborted
 from alignlab.run_dir import RunDir
@@ -43,6 +43,9 @@ class FakeActors:
                 raise ActorLost(name, 0, "killed")
         failed, self.failed = tuple(self.failed), []
         return Poll(tuple(self.engines[name].step()), failed, None, 0)
+
+    def metrics(self):
+        return {"rollout/tokens_per_second": 1.0}
 
     async def replace(self, name):
         self.engines[name] = FakeEngine(EngineSpec(model="", max_model_len=64))
@@ -181,6 +184,49 @@ def test_silence_is_noticed(tmp_path):
     run, _, _ = make(tmp_path, Silent(), learner={"timeout": 0.2})
     with pytest.raises(RunAborted, match=r"nothing happened for 0.2 s .*'leased': 2"):
         asyncio.run(run.loop())
+
+
+def test_a_step_or_an_evaluation_may_take_longer_than_silence_is_allowed_to_last(tmp_path):
+    run, learner, _ = make(tmp_path, FakeActors(), learner={"timeout": 0.1}, eval={"every": 1})
+
+    async def slow(step):
+        await asyncio.sleep(0.35)
+        return {}
+
+    run.evaluate = slow
+    asyncio.run(run.loop())
+    assert len(learner.trained) == 3
+
+
+def test_times_of_evaluations_are_not_times_of_steps(tmp_path):
+    run, _, _ = make(tmp_path, FakeActors(), evals=[], eval={"every": 1})
+
+    async def slow(step):
+        await asyncio.sleep(0.3)
+        return {"eval/x/accuracy": 0.5}
+
+    run.evaluate = slow
+    asyncio.run(run.loop())
+    rows = [json.loads(line) for line in (run.run_dir.path / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "reward/total" in row]
+    assert [row["step"] for row in rows] == [1, 1, 2, 2, 3]  # a line a step, a line an evaluation
+    assert all(row["time/step"] < 0.25 for row in steps)
+    assert [("time/checkpoint" in row) for row in steps] == [False, False, True]  # that of step 2
+
+
+def test_a_resumed_run_that_has_nothing_left_to_do_saves_nothing(tmp_path):
+    run, _, _ = make(tmp_path, FakeActors())
+    asyncio.run(run.loop())
+    before = (run.run_dir.checkpoints()[-1].path / "run.json").stat().st_mtime_ns
+    run.coordinator = Coordinator(2, 3, version=3)
+    asyncio.run(run.loop())
+    assert (run.run_dir.checkpoints()[-1].path / "run.json").stat().st_mtime_ns == before
+
+
+def test_a_skipped_update_and_an_empty_one_are_said(tmp_path):
+    assert warnings({"optim/skipped": 0.0, "optim/empty": 0.0}, tmp_path) == []
+    skipped, empty = warnings({"optim/skipped": 1.0, "optim/empty": 2.0}, tmp_path)
+    assert str(tmp_path / "skipped") in skipped and empty.startswith("2 update(s) had nothing to train on")
 
 
 def test_stop_finishes_the_step_and_saves(tmp_path):

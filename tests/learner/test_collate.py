@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.config import ModelConfig
-from core.schema import Completion, Group, Prompt
+from core.schema import Completion, Group, Prompt, Score
 from learner.collate import Micro, Sequences, collate, pack, split
 from learner.model import Policy, load_policy
 from learner.ranks import Ranks
@@ -95,6 +95,16 @@ def test_a_batch_holds_every_completion_in_order() -> None:
     assert micro.predict.tolist() == [1, 2, 3, 1, 5] and micro.targets.tolist() == [7, 8, 9, 6, 6]
     assert micro.rectangle(torch.arange(5.0), 4).tolist() == [[0, 1, 2, 0], [3, 0, 0, 0], [4, 0, 0, 0]]
     assert Micro.of(sequences, [0, 1], CPU, share=False).tokens.tolist() == [[1, 2, 7, 8, 1, 2]]
+
+
+def test_components_apart_are_those_that_scored_with_the_weight_of_their_function() -> None:
+    c = Completion((7,), (-1.0,), (4,), "", "stop")
+    ok, bad = Score("ok", 1.0), Score("error")
+    one = Group("g", Prompt(0, "", (1,)), (c,), components={"right": (ok,), "style/a": (ok,), "style/b": (bad,)})
+    two = replace(one, components={"right": (bad,), "style": (bad,)})  # the call failed as a whole
+    batch, _ = collate([one, two], components={"right": 1.0, "style": 0.5})
+    assert batch.rewards[0].tolist() == [1.0, 1.0] and batch.rewards[1].isnan().all()
+    assert batch.reward_weights.tolist() == [1.0, 0.5]  # right, style/a
 
 
 def test_a_mixture_of_sampled_and_given_completions_is_refused() -> None:

@@ -14,7 +14,7 @@ import pytest
 from core.config import RewardsConfig
 from core.errors import UserError
 from core.schema import Completion, Group, Prompt, Score
-from rewards.composer import METRICS, Composer, all_equal, check_components, total
+from rewards.composer import METRICS, Composer, all_equal, check_components, check_data, total
 from rewards.weighting import statistics, weightings
 from rewards.workers import RewardFailure
 
@@ -83,6 +83,7 @@ def test_without_a_right_answer_nothing_is_known_and_nothing_is_zero(run: Any) -
     composer, (found,) = run(config({"math_answer": {}}), group(r"\boxed{5}", "5"))
     assert [s.status for s in found.components["math_answer"]] == ["abstain", "abstain"]
     assert all(math.isnan(t) for t in found.totals)
+    composer.check([scored((1.0,), math_answer=(OK,))])
     metrics = composer.metrics([found])
     assert "reward/total" not in metrics and "reward/math_answer" not in metrics
     assert metrics["reward/unscorable"] == metrics["reward/math_answer_abstained"] == 1.0
@@ -173,6 +174,26 @@ def test_mistakes_in_the_config_are_explained_before_anything_starts(components:
     with pytest.raises(UserError) as error:
         check_components(config(components))
     assert str(error.value).startswith(says)
+
+
+def test_data_without_a_column_that_a_reward_reads_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def near(completion, target, *, scale: float = 1.0): return 0.0\n")
+    found = check_components(config({"math_answer": {}, "near": {"fn": f"{tmp_path}/mine.py:near"}}))
+    check_data(found, {"answer", "target", "question"})
+    with pytest.raises(UserError, match=r"components\.math_answer: it reads the column 'answer', .*mean 'answers'"):
+        check_data(found, {"answers", "target"})
+    with pytest.raises(UserError, match=r"components\.near: it reads the column 'target'"):
+        check_data(found, {"answer"})
+    check_data(check_components(config({"math_answer": {"gold": "solution"}})), {"solution"})
+
+
+def test_a_step_in_which_nothing_has_a_total_ends_the_run() -> None:
+    composer = Composer(config({"math_answer": {}}))
+    silent = scored((math.nan, math.nan), math_answer=(Score("abstain", detail="no right answer"),) * 2)
+    with pytest.raises(RewardFailure, match=r"nothing to learn from; most often math_answer says abstain: no right"):
+        composer.check([silent])
+    composer.check([scored((1.0,), math_answer=(OK,))])
+    composer.check([silent])  # one step is bad luck
 
 
 def test_an_option_called_weight_could_never_be_set(tmp_path: Path) -> None:

@@ -150,11 +150,12 @@ def meet(completion):
     assert [one.scores for (one,) in asyncio.run(run())] == [Score("ok", 1.0)] * 3
 
 
-def test_closing_ends_what_is_under_way(wicked: Path) -> None:
+@pytest.mark.parametrize("seconds", [0.0, 1.0], ids=["while it starts", "while it scores"])
+def test_closing_ends_what_is_under_way(wicked: Path, seconds: float) -> None:
     async def run() -> None:
         workers = Workers({"c": {"fn": f"{wicked}:wicked", "options": {}}}, 1, 60.0, memory_gib=1.0)
         task = asyncio.ensure_future(workers.score("c", Samples("", {}, ["loop", "a"], [[], []], [False] * 2), False))
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(seconds)
         await workers.close()
         with pytest.raises(RewardFailure, match="were closed"):
             await asyncio.wait_for(task, 10)
