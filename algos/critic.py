@@ -106,6 +106,8 @@ def otb(
     w_ik = sum over s <= k of (1 - 2 pi_is + sum_v pi_isv^2), the squared norm of the score at the logits. A k-th token
     without peers has baseline 0 (handle_zero_tail). Source: verl's optimal_token_baseline.
     """
+    scored = ~torch.isnan(select(mask, token_rewards)).any(1)  # an unscorable row is no peer
+    mask = mask & scored[:, None]
     go = returns_to_go(token_rewards, mask, gamma)
     energy = select(mask, 1 - 2 * select(mask, old_logprobs).double().exp() + select(mask, sum_pi_sq)).cumsum(1)
     groups = Groups.of(group, torch.zeros_like(go[:, 0]))

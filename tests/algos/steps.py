@@ -9,11 +9,29 @@ from torch import Tensor
 
 from algos.batch import Batch
 from algos.loss import LossOutput, advantages, late, loss, normalise, remember
-from algos.method import Method
+from algos.method import PIECES, Method
 from algos.methods import methods, resolve
 
 CONTEXT = {"max_tokens": 8}
-RUNNABLE = {name: resolve(name, context=CONTEXT) for name in methods}
+ROWS = {name: resolve(name, context=CONTEXT) for name in methods}
+
+
+def parts_of(method: Method) -> set[tuple[str, str]]:
+    """(piece, part) of everything that the method is made of."""
+    chosen = {piece: getattr(method, piece) for piece in PIECES}
+    several = {piece: parts if isinstance(parts, tuple) else (parts,) for piece, parts in chosen.items()}
+    return {(piece, part.name) for piece, parts in several.items() for part in parts if part}
+
+
+def others() -> dict[str, Method]:
+    """A method for each registered part that no row has."""
+    used = {pair for method in ROWS.values() for pair in parts_of(method)}
+    left = [(piece, part) for piece in PIECES for part in PIECES[piece].registry if (piece, part) not in used]
+    beside = {"memory": {"entropy": "bonus"}}
+    return {f"{piece}/{part}": resolve({piece: part, **beside.get(piece, {})}, context=CONTEXT) for piece, part in left}
+
+
+RUNNABLE = ROWS | others()
 
 GROUP = torch.tensor([0, 1, 0, 1, 2, 0, 1, 2, 2])
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0]).double()

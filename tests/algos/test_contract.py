@@ -1,4 +1,4 @@
-"""What must hold for every row of the table, whatever its parts."""
+"""What must hold for every row of the table, and for every registered part."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from torch import Tensor
 from algos.batch import Batch
 from algos.docs import page
 from algos.loss import advantages, loss
+from algos.method import PIECES
 from algos.metrics import METRICS
-from tests.algos.steps import GROUP, MASK, RUNNABLE, current, extras, ready, run, step
+from tests.algos.steps import GROUP, MASK, RUNNABLE, current, extras, parts_of, ready, run, step
+
+
+def test_every_registered_part_is_in_one_of_them():
+    tested = {pair for method in RUNNABLE.values() for pair in parts_of(method)}
+    assert tested == {(piece, part) for piece in PIECES for part in PIECES[piece].registry}
+
 
 rows = pytest.mark.parametrize("name", RUNNABLE)
 RESAMPLED = {"oreal", "clip_cov"}  # they draw rows or tokens at random, so another order draws others
