@@ -109,6 +109,11 @@ class Batch:
         return self.mask.sum(1)
 
     @property
+    def lag(self) -> Tensor | None:
+        """Updates between a token's weights and this step, [B, T] int64."""
+        return None if self.versions is None else self.version - self.versions
+
+    @property
     def totals(self) -> Tensor:
         """Rewards [B]: components summed with their weights; NaN only where every component is missing."""
         if self.rewards.dim() == 1:

@@ -138,7 +138,7 @@ def loss(
     if method.credit:
         total = total + _credit_loss(method.credit, rows, mask, token_scores, metrics)
     if rows.old_logprobs is None and rows.rollout_logprobs is not None:  # else `advantages` has told
-        metrics |= mismatch(logprobs.detach(), rows.rollout_logprobs, mask)
+        metrics |= mismatch(logprobs.detach(), rows.rollout_logprobs, mask, lag=rows.lag)
     if rows.token_weight is not None:
         metrics["policy/token_weight"] = mean_over(rows.token_weight.expand(mask.shape), mask)
     return LossOutput(total, metrics, select(mask, token_loss), policy, token_kl, kl)
@@ -256,7 +256,7 @@ def _step_metrics(batch: Batch) -> Metrics:
         metrics["policy/silent"] = mean_over(silent, kept)
     if batch.rollout_logprobs is not None and batch.old_logprobs is not None:
         old, rollout, mask = batch.old_logprobs, batch.rollout_logprobs, _filled(batch.count_mask)
-        metrics |= mismatch(old, rollout, mask, batch.correction_weight)
+        metrics |= mismatch(old, rollout, mask, batch.correction_weight, batch.lag)
     return metrics
 
 

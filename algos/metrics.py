@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +87,21 @@ METRICS = {
         "above 0.9",
         "small: few tokens carry the step; lower the cap or the staleness",
     ),
+    "policy/ess_raw": Metric(
+        "effective share of valid tokens under the raw ratios of old to rollout policy, mean(rho)^2 / mean(rho^2)",
+        "above 0.9",
+        "small: what was sampled is no longer what the policy would say; lower rollout.max_staleness, or correct (tis)",
+    ),
+    "policy/ess_raw_lag_<n>": Metric(
+        "the same over tokens whose weights were n updates old; only where some are",
+        "falls slowly with n",
+        "falls at once: the learning rate is too high for that staleness",
+    ),
+    "policy/mismatch_kl_lag_<n>": Metric(
+        "policy/mismatch_kl over tokens whose weights were n updates old; only where some are",
+        "at n = 0 that of the engines alone, rising with n",
+        "large at n = 0: precision or template; large at n > 0: staleness",
+    ),
     "policy/token_weight": Metric(
         "mean of the token weights' product over valid tokens; they never change a denominator",
         "steady: 0.8 to 1 for steer, near 1 for clip_cov and grpo_guard_weight, the fraction for top_entropy",
@@ -150,11 +166,17 @@ def mean_over(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mismatch(
-    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, weight: Tensor | None = None
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    weight: Tensor | None = None,
+    lag: Tensor | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """How far the engine that sampled is from the learner before the step, d = old - rollout; all [B, T].
 
-    `weight` [B, T] or [B, 1] are correction weights; they add `policy/ess`. Counts are tokens, or rows with tokens.
+    `weight` [B, T] or [B, 1] are correction weights; they add `policy/ess`. `lag` [B, T] int64 are the updates between
+    a token's weights and the step; they add the KL and the moments of the ratio by lag. Counts are tokens, or rows with
+    tokens.
     """
     old, rollout = select(mask, old_logprobs).double(), select(mask, rollout_logprobs).double()
     d = (old - rollout).clamp(-20, 20)
@@ -168,11 +190,36 @@ def mismatch(
         "policy/old_perplexity": mean_over((-old.sum(1) / length).clamp(-20, 20).exp(), rows),
         "policy/rollout_perplexity": mean_over((-rollout.sum(1) / length).clamp(-20, 20).exp(), rows),
     }
+    metrics |= _moments(d, mask, "")
+    for n in lag[mask].unique().tolist() if lag is not None and select(mask, lag).any() else ():
+        members = mask & (lag == n)
+        metrics |= {f"policy/mismatch_kl_lag_{n}": mean_over(k3(-d), members), **_moments(d, members, f"_lag_{n}")}
     if weight is not None:
         w = select(mask, weight.expand(mask.shape)).double()
         share = w.sum() ** 2 / (w**2).sum().clamp(min=torch.finfo(w.dtype).tiny)
         metrics["policy/ess"] = (share, mask.sum().double())
     return metrics
+
+
+def _moments(d: Tensor, mask: Tensor, suffix: str) -> dict[str, tuple[Tensor, Tensor]]:
+    ratio = d.exp()
+    return {f"{_FIRST}{suffix}": mean_over(ratio, mask), f"{_SECOND}{suffix}": mean_over(ratio**2, mask)}
+
+
+def derived(means: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a step from the means of all its parts: effective sample shares take the place of moments.
+
+    A share is no mean, so it can only be had when the parts of all micro-batches and ranks are together.
+    """
+    found = {name: value for name, value in means.items() if not name.startswith((_FIRST, _SECOND))}
+    for name, first in means.items():
+        if name.startswith(_FIRST):
+            suffix = name.removeprefix(_FIRST)
+            found[f"policy/ess_raw{suffix}"] = first**2 / means[f"{_SECOND}{suffix}"]
+    return found
+
+
+_FIRST, _SECOND = "policy/moment_1", "policy/moment_2"
 
 
 def update(current: dict[str, Tensor], ref_logprobs: Tensor | None, entropy: Tensor | None) -> Metrics:

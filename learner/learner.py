@@ -29,6 +29,7 @@ from torch import Tensor
 from algos.batch import Batch
 from algos.loss import advantages, late, loss, normalise, remember
 from algos.methods import Method
+from algos.metrics import derived
 from core.config import RunConfig
 from core.errors import UserError
 from core.schema import Group
@@ -298,8 +299,7 @@ class Learner:
         passes, befores, seconds, memory = zip(*reports, strict=True)
         tokens = merged.pairs.get("learner/tokens", (0.0, 0.0))[0]
         return {
-            **step_level.means(),
-            **merged.means(),
+            **derived({**step_level.means(), **merged.means()}),
             # Every rank counts every update, so these are sums over the updates and not over the ranks.
             **{n: merged.pairs.get(n, (0.0, 0.0))[0] / self.ranks.world for n in ("optim/skipped", "optim/empty")},
             "optim/lr": self.config.learner.optimizer.lr * factor,

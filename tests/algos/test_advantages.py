@@ -14,6 +14,7 @@ from algos.coupled import optimal_value
 from algos.filters import one_pos_one_neg
 from algos.loss import advantages, loss
 from algos.methods import resolve
+from algos.metrics import derived, mismatch
 from core.errors import UserError
 from tests.algos.steps import GROUP, MASK, REWARDS, RUNNABLE, current, ready, run, step
 
@@ -277,3 +278,18 @@ def test_the_value_loss_pulls_values_to_the_returns():
     loss(method, prepared, batch.old_logprobs, values=values).loss.backward()
     want = torch.where(MASK, batch.values - REWARDS[:, None], 0.0) / MASK.sum()
     torch.testing.assert_close(values.grad, want)
+
+
+def test_effective_samples_and_mismatch_are_told_by_lag():
+    """Two tokens at lag 0 with ratio 1, two at lag 3 with ratios 1 and 3: (2 / 2)^2 and (4 / 2)^2 / (10 / 2) = 0.8."""
+    rollout = torch.full((2, 2), -2.0).double()
+    old = rollout + torch.tensor([[0.0, 0.0], [0.0, math.log(3)]])
+    pairs = mismatch(old, rollout, torch.ones(2, 2).bool(), lag=torch.tensor([[0, 0], [3, 3]]))
+    found = derived({name: (total / count).item() for name, (total, count) in pairs.items()})
+    assert found["policy/ess_raw_lag_0"] == pytest.approx(1.0) and found["policy/mismatch_kl_lag_0"] == 0.0
+    assert found["policy/ess_raw_lag_3"] == pytest.approx(0.8)
+    assert found["policy/ess_raw"] == pytest.approx((6 / 4) ** 2 / (12 / 4))
+    assert found["policy/mismatch_kl_lag_3"] == pytest.approx((3 - 1 - math.log(3)) / 2)
+    assert not any("moment" in name for name in found)
+    onpolicy = mismatch(old, rollout, torch.ones(2, 2).bool(), lag=torch.zeros(2, 2).long())
+    assert not any("lag" in name for name in onpolicy)
