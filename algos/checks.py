@@ -5,10 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from algos.advantages import advantages
+from algos.advantages import nft
 from algos.aggregation import aggregations
+from algos.covariance import clip_cov
+from algos.grpo_guard import grpo_guard, grpo_guard_weight
 from algos.memory import fills
 from algos.method import Method
+from algos.sample_weights import by_loss, by_worst_case
+from algos.surrogates import ppo_clip
 from core.errors import UserError, nearest
 from core.registry import options_of
 
@@ -55,7 +59,7 @@ def _components_are_plain(m: Method) -> str | None:
 
 
 def _binary_rewards_stay_binary(m: Method) -> str | None:
-    if "pass_rate" in m.surrogate.inputs and (m.advantage.function is not advantages["nft"] or m.shaping):
+    if "pass_rate" in m.surrogate.inputs and (m.advantage.function is not nft or m.shaping):
         return f"surrogate {m.surrogate.name} needs rewards of 0 and 1: advantage nft, and no shaping"
     return None
 
@@ -124,7 +128,7 @@ def _one_channel_is_whitened(m: Method) -> str | None:
 
 
 def _losses_weigh_demonstrations(m: Method) -> str | None:
-    weighing = [part.name for part in m.token_weight if part.name.startswith("by_")]
+    weighing = [part.name for part in m.token_weight if part.function in (by_loss, by_worst_case)]
     if weighing and m.data != "demonstrations":
         return (
             f"token_weight {weighing[0]} weighs completions by their loss, which says something of demonstrations "
@@ -134,19 +138,19 @@ def _losses_weigh_demonstrations(m: Method) -> str | None:
 
 
 def _covariance_rules_exclude_each_other(m: Method) -> str | None:
-    clip_cov = next((part for part in m.token_weight if part.name == "clip_cov"), None)
-    if clip_cov is None:
+    sparing = next((part for part in m.token_weight if part.function is clip_cov), None)
+    if sparing is None:
         return None
-    if m.surrogate.name != "ppo_clip":
+    if m.surrogate.function is not ppo_clip:
         return f"token_weight clip_cov spares what ppo_clip clips; the surrogate is {m.surrogate.name}"
-    bounds = [[part.option(name) for name in ("low", "high")] for part in (clip_cov, m.surrogate)]
+    bounds = [[part.option(name) for name in ("low", "high")] for part in (sparing, m.surrogate)]
     if bounds[0] != bounds[1]:
         return f"token_weight clip_cov has low, high {bounds[0]}, surrogate ppo_clip {bounds[1]}; give both the same"
     return None
 
 
 def _guard_weight_has_its_ratio(m: Method) -> str | None:
-    if any(part.name == "grpo_guard_weight" for part in m.token_weight) and m.ratio.name != "grpo_guard":
+    if any(part.function is grpo_guard_weight for part in m.token_weight) and m.ratio.function is not grpo_guard:
         return f"token_weight grpo_guard_weight goes with ratio grpo_guard, not with {m.ratio.name}"
     return None
 
