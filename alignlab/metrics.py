@@ -136,7 +136,8 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
 OVERVIEW = {
     "reward": ["reward/(?!equal_groups|unscorable)(?!.*_(std|failed|abstained|seconds)$).*"],
     "evaluation": ["eval/.*/accuracy"],
-    "completions": ["completion/length_mean", "completion/truncated"],
+    "length": ["completion/length_mean"],
+    "truncated": ["completion/truncated"],
     "policy": ["policy/entropy", "policy/kl_.*", "policy/mismatch_kl"],
     "clipping": ["policy/clip_.*"],
     "groups without signal": ["reward/equal_groups", "reward/unscorable"],

@@ -194,6 +194,17 @@ def test_overlapped_runs_stay_within_their_staleness(home):
     assert sorted(ordinals) == list(range(16))  # each group once
 
 
+@pytest.mark.parametrize(("method", "metric"), [("remax", "reward/total"), ("ppo", "critic/value")])
+def test_methods_with_parts_of_their_own_run(home, method, metric):
+    """A greedy completion from the actors; a critic on two ranks, and its checkpoint."""
+    path = config(home, method, steps=2, method=method, checkpoint__every=1, learner__ranks=2 if method == "ppo" else 1)
+    train(home, path)
+    steps = [row for row in rows(home / "runs" / method / "metrics.jsonl") if "reward/total" in row]
+    assert len(steps) == 2 and all(row[metric] is not None for row in steps)
+    greedy = [row["greedy_total"] for row in rows(home / "runs" / method / "rollouts" / "step-000001.jsonl")]
+    assert all((value is not None) == (method == "remax") for value in greedy)
+
+
 def test_demonstrations_are_learned(home):
     demos = [{"question": f"{a} + {a}?", "completion": "the sum"} for a in range(8)]
     (home / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demos))
