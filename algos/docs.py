@@ -118,7 +118,7 @@ def _pieces() -> Iterator[str]:
 
 def _registry(registry: Registry) -> Iterator[str]:
     yield f"| {registry.kind} | options | equation |\n|---|---|---|"
-    for name, function in registry.items():
+    for name, function in sorted(registry.items()):  # the order of registration is that of imports, which may vary
         yield f"| `{name}` | {_cell(options_text(function))} | {_cell(inspect.getdoc(function) or '')} |"
     yield ""
 

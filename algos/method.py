@@ -79,7 +79,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {  # first value: the default
     "drop_truncated": (False, True),  # truncated rows lose their tokens in the loss, not in the advantage
     "numerator": ("old", "logp"),  # of correction and reject: the old policy, or the detached current one
     "denominator": ("original", "kept"),  # counts before or after rejection
-    "data": ("rollouts", "demonstrations"),
+    "data": ("rollouts", "demonstrations", "preferences"),  # who made the completions
 }
 
 _NEEDS = {
@@ -128,8 +128,8 @@ class Method:
         step that is a single update may leave old_logprobs None (it equals the current one).
         rollout, ref, values, token_scores: the fields of that name. entropy: batch.entropy, read by `advantages`.
         entropy_grad, critic, credit: the arguments `entropy`, `values`, `token_scores` of `loss`. late: call `late`
-        instead of `normalise`. tempered: log-probs at batch.tempering, which a memory fills. demonstrations: train on
-        given completions. components: rewards [B, R] instead of totals.
+        instead of `normalise`. tempered: log-probs at batch.tempering, which a memory fills. components: rewards [B, R]
+        instead of totals. demonstrations: train on given completions; preferences: of which two make a pair.
         greedy, answers, sum_pi_sq, divergence, baselines, bootstrap, versions, given: the fields of that name.
         """
         judges = tuple(part for part in (self.correction, *self.reject) if part)
@@ -152,7 +152,8 @@ class Method:
             names.add("late")
         extra = {"entropy_grad": self.entropy, "critic": self.value, "values": self.value, "credit": self.credit}
         names |= {name for name, part in extra.items() if part}
-        return frozenset(names | ({"demonstrations"} if self.data == "demonstrations" else set()))
+        given = {"demonstrations": {"demonstrations"}, "preferences": {"demonstrations", "preferences"}}
+        return frozenset(names | given.get(self.data, set()))
 
     @property
     def early_parts(self) -> tuple[Part, ...]:
@@ -163,7 +164,7 @@ class Method:
     @property
     def statistics(self) -> tuple[Part, ...]:
         """Companions of the parts that read numbers of the whole minibatch."""
-        found = (companion(part) for part in (self.ratio, self.surrogate, self.entropy))
+        found = (companion(part) for part in (self.advantage, self.ratio, self.surrogate, self.entropy))
         return tuple(part for part in found if part)
 
     @property

@@ -152,6 +152,24 @@ METRICS = {
         "above 0.5, rising",
         "at 0.5: as token_reward_model/loss",
     ),
+    "preference/margin": Metric(
+        "how much likelier the chosen completion is than the rejected, beyond the reference (or per token), nats",
+        "grows from 0",
+        "flat: raise the learning rate or beta; exploding: lower them",
+    ),
+    "preference/accuracy": Metric(
+        "share of pairs with a margin above 0",
+        "0.6 to 0.9, rising",
+        "1.0 early: the pairs differ by something trivial, or are repeated too often",
+    ),
+    "preference/chosen": Metric(
+        "log-probability of the chosen completions, beyond the reference (or per token), nats",
+        "does not fall far below 0",
+        "falling: the margin grows by unlearning the rejected side; add an SFT term, lower the learning rate",
+    ),
+    "preference/rejected": Metric(
+        "the same of the rejected completions", "falls", "rising with the chosen: the pairs are too alike"
+    ),
     "policy/silent": Metric(
         "share of kept rows whose advantage is 0 on every token",
         "below 0.5",

@@ -1,18 +1,20 @@
-"""Rows of the table for methods that reweigh tokens, steer entropy or change the clip rule.
+"""Rows of the table for methods that reweigh tokens or samples, steer entropy, change clip rules, or learn from pairs.
 
-Their parts register where they are defined: aepo, covariance, entropy_control, grpo_guard, sample_weights, steer,
-step_credit, tw_grpo.
+Their parts register where they are defined: aepo, covariance, entropy_control, grpo_guard, pairs, sample_weights,
+steer, step_credit, tw_grpo.
 """
 
 from __future__ import annotations
 
-from algos import aepo, covariance, entropy_control, grpo_guard, sample_weights, steer, step_credit, tw_grpo
+from algos import aepo, covariance, entropy_control, grpo_guard, pairs, sample_weights, steer, step_credit, tw_grpo
 from algos.method import Row
 
 # Imported because they register parts.
-assert aepo and covariance and entropy_control and grpo_guard and sample_weights and steer and step_credit and tw_grpo
+assert aepo and covariance and entropy_control and grpo_guard and pairs and sample_weights and steer and step_credit
+assert tw_grpo
 
 DEMONSTRATIONS = {"data": "demonstrations", "advantage": "demonstration", "surrogate": "reinforce"}
+PAIRS = {"data": "preferences", "surrogate": "reinforce", "aggregation": "seq_mean_token_sum"}
 CLIP_HIGHER = {"ppo_clip": {"low": 0.2, "high": 0.28, "dual": 10.0}}
 
 ROWS: dict[str, Row] = {
@@ -116,5 +118,33 @@ ROWS: dict[str, Row] = {
         "Doubly Robust Instance-Reweighted Adversarial Training, arXiv 2308.00311",
         "C",
         "Reconstructed from the closed form; losses are those before the step.",
+    ),
+    "dpo": Row(
+        "Pairs: the chosen completion likelier than the rejected, beyond the reference.",
+        {**PAIRS, "advantage": "dpo"},
+        "DPO, arXiv 2305.18290",
+        "A num (gradients)",
+        "The gradient is the published one, the loss value is that of REINFORCE.",
+    ),
+    "ipo": Row(
+        "Pairs: the margin beyond the reference regressed on a constant.",
+        {**PAIRS, "advantage": "ipo"},
+        "IPO, arXiv 2310.12036",
+        "A num (gradients)",
+        "As dpo. Sums of log-probabilities; length_average: true is TRL's form.",
+    ),
+    "simpo": Row(
+        "Pairs: mean log-probabilities and a target margin, without a reference.",
+        {**PAIRS, "advantage": "simpo"},
+        "SimPO, arXiv 2405.14734",
+        "A num (gradients)",
+        "As dpo.",
+    ),
+    "redi": Row(
+        "Pairs of a right and a wrong trace of a teacher: likelihood of the one, a weaker push-down of the other.",
+        {**PAIRS, "advantage": "redi"},
+        "REDI, arXiv 2505.24850",
+        "A num (gradients)",
+        "As dpo.",
     ),
 }

@@ -14,12 +14,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from algos.parts import Part
 from core.registry import options_of
 
-Companion = Callable[..., dict[str, Tensor]]
+Companion = Callable[..., dict[str, Any]]
 
 companions: dict[Callable[..., Any], Companion] = {}
 

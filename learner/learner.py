@@ -46,8 +46,8 @@ Result = TypeVar("Result")
 
 # What a method may need: what this learner computes, and what groups, rewards and actors bring along.
 SUPPLIED = {"old", "early_old", "ref", "entropy", "entropy_grad", "late", "rollout", "versions", "components"}
-SUPPLIED |= {"demonstrations", "greedy", "answers", "baselines", "bootstrap", "critic", "values", "credit"}
-SUPPLIED |= {"token_scores", "sum_pi_sq", "tempered", "divergence"}
+SUPPLIED |= {"demonstrations", "preferences", "greedy", "answers", "baselines", "bootstrap", "critic", "values"}
+SUPPLIED |= {"credit", "token_scores", "sum_pi_sq", "tempered", "divergence"}
 
 
 @dataclass(frozen=True)

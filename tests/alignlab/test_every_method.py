@@ -82,11 +82,10 @@ async def score(settings: RunConfig, groups: list[Group]) -> list[Group]:
     return [replace(g, answers=tuple(final_answer(c.text) for c in g.completions)) for g in scored]
 
 
-def demonstration(group: Group) -> Group:
-    """The first completion of a group as if a person had written it."""
-    first = group.completions[0]
-    given = Completion(first.token_ids, (), (), first.text, "stop")
-    return Group(group.id, group.prompt, (given,))
+def given(group: Group, count: int) -> Group:
+    """The first completions of a group as if a person had written them and liked the first."""
+    written = (Completion(c.token_ids, (), (), c.text, "stop") for c in group.completions[:count])
+    return Group(group.id, group.prompt, tuple(written), totals=(1.0, 0.0) if count == 2 else ())
 
 
 @pytest.mark.parametrize("name", methods)
@@ -96,7 +95,7 @@ def test_a_row_trains_two_steps(task: Path, recorded: list[list[Group]], name: s
     start = parameters(worker)
     for version, groups in enumerate(recorded):
         if "demonstrations" in method.needs:
-            groups = [demonstration(group) for group in groups]
+            groups = [given(group, 2 if "preferences" in method.needs else 1) for group in groups]
         result = worker.step(groups, version)
         assert all(map(math.isfinite, result.metrics.values())), result.metrics
         assert result.metrics["optim/skipped"] == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ def config(model: Path, baseline_column: str | None = None, **learner: Any) -> R
         # AdamW divides by the root of tiny second moments: a large eps keeps it from amplifying rounding.
         learner={**learner, "optimizer": {"lr": 1e-3, "eps": 1e-4, **learner.get("optimizer", {})}},
     )
+
+
+def pairs(seed: int = 0) -> list[Group]:
+    """Given completions of which the first was chosen."""
+    return [replace(g, totals=(1.0, 0.0)) for g in groups(size=2, seed=seed, sampled=False)]
 
 
 def groups(prompts: int = 4, size: int = 4, seed: int = 0, longest: int = 20, sampled: bool = True) -> list[Group]:

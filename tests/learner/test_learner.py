@@ -47,7 +47,9 @@ def test_every_row_trains_two_steps_and_its_update_does_not_depend_on_the_micro_
         for version in (0, 1):
             data = samples.groups(seed=version, sampled="demonstrations" not in method.needs)
             # A single best one in every group: all that `passk` learns from.
-            metrics = worker.step([replace(g, totals=(1.0, 0.0, 0.0, 0.0)) for g in data], version=version).metrics
+            data = [replace(g, totals=(1.0, 0.0, 0.0, 0.0)) for g in data]
+            data = samples.pairs(seed=version) if "preferences" in method.needs else data
+            metrics = worker.step(data, version=version).metrics
             assert metrics["optim/skipped"] == metrics["optim/empty"] == 0.0
             assert metrics["optim/grad_norm"] > 0 and all(map(math.isfinite, metrics.values()))
         ends.append(parameters(worker))
