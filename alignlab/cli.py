@@ -1,8 +1,11 @@
-"""The command `alignlab`: train, eval, check, ls. Heavy libraries are loaded by the verb that needs them."""
+"""The command `alignlab`: train, eval, check, grade, ls. Heavy libraries are loaded by the verb that needs them."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import select
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,12 +14,13 @@ EXAMPLES = """examples:
   alignlab train configs/gsm8k-smollm2.yaml learner.optimizer.lr=3e-6 steps=20
   alignlab train configs/gsm8k-smollm2.yaml --resume           go on from the newest checkpoint
   alignlab eval runs/gsm8k-smollm2 --benchmarks gsm8k,math500 --data DIR --limit 100
+  alignlab ls                                                  names of methods, parts, rewards, benchmarks
   alignlab ls rewards                                          names, options, one line each
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 the run failed, 2 the user can mend it, 130 stopped by Ctrl-C."""
+    """Exit code: 0 done, 1 the run failed, 2 the user can mend it, 130 stopped by Ctrl-C, 141 the reader left."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes key=value only before the first option; people write them anywhere.
@@ -27,13 +31,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     from core.errors import UserError
 
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()  # here a reader that has gone is noticed, not when Python ends
+        return code
     except UserError as error:
         print(f"alignlab {arguments.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"alignlab {arguments.verb}: stopped at once", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes when Python ends
+        return 141  # as the shell says it of a program that SIGPIPE ended
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads what we print any more (`alignlab ls methods | head`)."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,6 +91,16 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="options of the actors, e.g. actors.count=2"
     )
 
+    grading = _verb(
+        verbs, "grade", "what the answer checker says of the rows of a file", _grade,
+        "alignlab grade answers.jsonl > verdicts.jsonl",
+    )  # fmt: skip
+    grading.add_argument("file", help="JSONL file with the columns gold and completion")
+    grading.add_argument("--out", help="where the verdicts go (default: the terminal)")
+    grading.add_argument("--extract", choices=("boxed", "marked", "any"), default="marked", help="where an answer is")
+    grading.add_argument("--workers", type=int, default=1, help="scoring processes (default: 1)")
+    grading.add_argument("--timeout", type=float, default=10.0, help="seconds one row may take (default: 10)")
+
     check = _verb(
         verbs, "check", "print what a config would do, render a prompt, score a completion", _check,
         "alignlab check configs/quickstart.yaml",
@@ -80,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(check)
 
     ls = _verb(verbs, "ls", "list what exists: methods, parts, rewards, benchmarks", _ls, "alignlab ls methods")
-    ls.add_argument("what", choices=("methods", "parts", "rewards", "benchmarks"))
+    ls.add_argument(
+        "what", nargs="?", choices=("methods", "parts", "rewards", "benchmarks"), help="without it: all names"
+    )
     return parser
 
 
@@ -102,10 +132,12 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from alignlab.train import train
     from core.loading import load_config
 
-    return train(load_config(arguments.config, arguments.overrides), resume=arguments.resume)
+    config = load_config(arguments.config, arguments.overrides)
+    from alignlab.train import train
+
+    return train(config, resume=arguments.resume)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -113,7 +145,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from core.loading import load_config
 
     print(check(load_config(arguments.config, arguments.overrides)))
-    print(f"\nnext: alignlab train {' '.join([arguments.config, *arguments.overrides])}")
+    print(f"\nnext: alignlab train {shlex.join([arguments.config, *arguments.overrides])}")
     return 0
 
 
@@ -121,6 +153,12 @@ def _eval(arguments: argparse.Namespace) -> int:
     from alignlab.evaluate import evaluate_model
 
     return evaluate_model(arguments)
+
+
+def _grade(arguments: argparse.Namespace) -> int:
+    from alignlab.grade import grade_file
+
+    return grade_file(arguments)
 
 
 def _ls(arguments: argparse.Namespace) -> int:

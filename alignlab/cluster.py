@@ -4,11 +4,61 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from core.config import RunConfig
 from core.errors import UserError
+
+THREADS_PER_CORE = 8  # that a run may ask for on its own machine
+
+
+def here() -> dict[str, int]:
+    """CPU cores and GPUs of this machine."""
+    import torch
+
+    return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+
+
+def pools(config: RunConfig, gpus: int, *, sampling: bool = True) -> dict[str, Counter[str]]:
+    """What each pool asks Ray for, for instance {"actors": {"CPU": 2}, "learner": {"CPU": 1, "GPU": 1}}.
+
+    `gpus` of the cluster decide what the device auto is. Without `sampling` (demonstrations) there are no actors.
+    """
+    actors, learner = config.actors, config.learner
+    on_gpu = {"cuda": True, "cpu": False, "auto": gpus > 0}
+    parallel = actors.tensor_parallel
+    engine = {"CPU": 1, "GPU": parallel} if on_gpu[actors.device] else {"CPU": actors.threads * parallel}
+    rank = {"CPU": learner.threads} | ({"GPU": 1} if on_gpu[learner.device] else {})
+    bundles = {"actors": (actors.count if sampling else 0, engine), "learner": (learner.ranks, rank)}
+    return {name: Counter({k: n * amount for k, amount in one.items()}) for name, (n, one) in bundles.items()}
+
+
+def check_room(config: RunConfig, *, sampling: bool = True) -> None:
+    """Refuse pools that this machine can never hold, where the run starts a cluster of its own. Raises UserError.
+
+    GPUs are not shared. Cores are: two actors and two ranks on a laptop are a choice, a hundred are a slip.
+    """
+    if config.cluster.address is not None:
+        return
+    have = here()
+    asked = pools(config, have["GPU"], sampling=sampling)
+    for kind, most in {"GPU": have["GPU"], "CPU": have["CPU"] * THREADS_PER_CORE}.items():
+        if sum(pool[kind] for pool in asked.values()) > most:
+            shared = f" ({THREADS_PER_CORE} threads may share one)" if kind == "CPU" else ""
+            raise UserError(
+                f"pools: {describe_pools(asked)}, but this machine has {have[kind]} {kind}{shared}; lower "
+                "actors.count, actors.tensor_parallel, learner.ranks or threads, change actors.device or "
+                "learner.device, or name a larger cluster in cluster.address"
+            )
+
+
+def describe_pools(asked: dict[str, Counter[str]]) -> str:
+    """For instance "actors 2 CPU, learner 1 CPU + 1 GPU"."""
+    return ", ".join(
+        f"{name} {' + '.join(f'{n} {kind}' for kind, n in pool.items() if n) or 'none'}" for name, pool in asked.items()
+    )
 
 
 @contextmanager
@@ -23,9 +73,10 @@ def cluster(config: RunConfig) -> Iterator[None]:
     options: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         # More processes than cores is a choice (two actors and two ranks on a laptop), not an error.
-        wanted = config.actors.count * config.actors.threads + config.learner.ranks * config.learner.threads
+        have = here()
+        wanted = sum(pool["CPU"] for pool in pools(config, have["GPU"]).values())
         options |= {
-            "num_cpus": max(os.cpu_count() or 1, wanted),
+            "num_cpus": max(have["CPU"], wanted),
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
         }

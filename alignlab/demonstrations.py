@@ -16,7 +16,10 @@ from core.schema import Completion, Group, GroupRequest
 
 
 class Demonstrations:
-    """Answers a request with the demonstration of its prompt, ended by the end-of-sequence token."""
+    """Answers a request with the demonstration of its prompt, ended by the end-of-sequence token; or with a pair.
+
+    The completion that was chosen comes first and has reward 1, the rejected one has 0.
+    """
 
     names = ("demonstrations",)
 
@@ -28,7 +31,8 @@ class Demonstrations:
             )
         if tokenizer.eos_token_id is None:
             raise UserError(f"model.path {config.model.path}: its tokenizer has no end-of-sequence token (eos_token)")
-        self._column, self._tokenizer, self._longest = column, tokenizer, config.rollout.max_tokens
+        self._columns = [name for name in (column, config.data.rejected_column) if name is not None]
+        self._tokenizer, self._longest = tokenizer, config.rollout.max_tokens
         self._done: asyncio.Queue[Group | Failure] = asyncio.Queue()
 
     async def submit(self, name: str, requests: Sequence[GroupRequest]) -> None:
@@ -52,8 +56,11 @@ class Demonstrations:
         return {}
 
     def _read(self, request: GroupRequest) -> Group | Failure:
-        text = request.prompt.columns[self._column]
-        ids = (*self._tokenizer(text, add_special_tokens=False)["input_ids"], self._tokenizer.eos_token_id)
-        if len(ids) > self._longest:
+        texts = [request.prompt.columns[name] for name in self._columns]
+        plain = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = [(*tokens, self._tokenizer.eos_token_id) for tokens in plain]
+        if max(map(len, ids)) > self._longest:
             return Failure(request.id, request.attempt, f"demonstration longer than rollout.max_tokens {self._longest}")
-        return Group(request.id, request.prompt, (Completion(ids, (), (), text, "stop"),), actor=self.names[0])
+        given = tuple(Completion(tokens, (), (), text, "stop") for tokens, text in zip(ids, texts, strict=True))
+        totals = (1.0, 0.0) if len(given) == 2 else ()
+        return Group(request.id, request.prompt, given, actor=self.names[0], totals=totals)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from alignlab import benchmarks
 from alignlab.benchmarks import Benchmark
 from alignlab.cluster import cluster
-from alignlab.plan import Plan, check_folder, load_tokenizer
+from alignlab.plan import Plan, absolute, check_folder, load_benchmarks, load_tokenizer, shown
 from alignlab.prompts import PromptStream, Row
 from alignlab.results import Evaluation, problem_rows, summarise
 from alignlab.run_dir import RunDir, write_atomically
@@ -67,11 +67,11 @@ def job(
         max_prompt_tokens=run.data.max_prompt_tokens,
         template=benchmark.template if base is None else base.template,
         system=None if base is None else base.system,
-        chat_template=True if base is None else base.chat_template,
+        chat_template=(base or run.data).chat_template,
     )
     sampling = Sampling(max_tokens, settings.temperature, stop=tuple(run.rollout.stop))
     options = grader(run).components["math_answer"]
-    return Job(Path(name).stem, rows, data, sampling, settings.samples, run.seed, options)
+    return Job(name, rows, data, sampling, settings.samples, run.seed, options)
 
 
 async def evaluate(
@@ -145,15 +145,16 @@ class Evaluator:
 def evaluate_model(arguments: argparse.Namespace) -> int:
     """`alignlab eval MODEL --benchmarks ...`. Raises UserError."""
     config, base, folder = _resolve(arguments)
-    chosen = {name: benchmarks.find(name) for name in config.eval.benchmarks}
-    rows = {name: benchmarks.problems(b, config.eval.data, config.eval.limit) for name, b in chosen.items()}
-    lengths = {name: config.eval.max_tokens or b.max_tokens for name, b in chosen.items()}
+    chosen = load_benchmarks(config)
+    lengths = {name: config.eval.max_tokens or benchmark.max_tokens for name, (benchmark, _) in chosen.items()}
     tokenizer = load_tokenizer(config.model)
     config = _with_room(config, max(lengths.values()))
-    jobs = [job(name, b, rows[name], config, base, lengths[name]) for name, b in chosen.items()]
+    jobs = [job(name, b, rows, config, base, lengths[name]) for name, (b, rows) in chosen.items()]
+    for each in jobs:  # mistakes in templates and columns come before the engines start
+        PromptStream(each.data, tokenizer, each.seed, each.rows)
     with cluster(config):
         asyncio.run(_evaluate_all(config, jobs, tokenizer, folder))
-    print(f"per-problem rows and summaries: {folder}")
+    print(f"per-problem rows and summaries: {shown(folder)}")
     return 0
 
 
@@ -224,7 +225,7 @@ def _resolve(arguments: argparse.Namespace) -> tuple[RunConfig, DataConfig | Non
             "max_tokens": longest,
         },
     }
-    config = parse_config(override(tree, arguments.overrides), "command line")
+    config = absolute(parse_config(override(tree, arguments.overrides), "command line"))
     return config, base, Path(arguments.out) if arguments.out else out
 
 

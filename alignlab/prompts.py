@@ -3,103 +3,178 @@ function of (seed, position). So a resumed run, or a second actor, sees exactly 
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import re
+import reprlib
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from core.config import DataConfig
-from core.errors import UserError, nearest
+from core.errors import UserError, first_line, nearest
 from core.schema import Prompt
 
 Row = Mapping[str, Any]
 
 
-def read_rows(path: str, split: str = "train", limit: int | None = None) -> list[Row]:
-    """Rows of a JSONL file (a path that exists or ends in .jsonl) or of a hub dataset. Raises UserError."""
-    file = Path(path).expanduser()
-    local = file.suffix == ".jsonl" or file.exists()
-    rows = list(_read_jsonl(file, limit)) if local else _read_hub(path, split, limit)
-    if not rows:
-        raise UserError(f"{path}: no rows; a JSONL file has one JSON object per line")
+def is_file(path: str) -> bool:
+    """Whether `path` means a file here, not a hub dataset: it exists, or says that it is JSONL."""
+    return path.endswith(".jsonl") or Path(path).expanduser().exists()
+
+
+def load_rows(config: DataConfig) -> list[Row]:
+    """The rows that `config` names, checked. Raises UserError."""
+    rows = read_rows(config.path, config.split, config.limit)
+    check_rows(rows, config)
     return rows
 
 
-def _read_jsonl(file: Path, limit: int | None) -> Iterator[Row]:
+def read_rows(path: str, split: str = "train", limit: int | None = None, option: str = "data.path") -> list[Row]:
+    """Rows of a JSONL file or of a hub dataset. Raises UserError; `option` is where the path is written."""
+    rows = list(_read_jsonl(path, limit, option)) if is_file(path) else _read_hub(path, split, limit, option)
+    if not rows:
+        raise UserError(f"{option}: {path} has no rows; a JSONL file has one JSON object per line")
+    return rows
+
+
+def _read_jsonl(path: str, limit: int | None, option: str) -> Iterator[Row]:
+    file = Path(path).expanduser()
     try:
-        lines = file.open(encoding="utf-8")
+        lines = file.open("rb")
     except OSError as error:
         near = sorted(str(p) for p in file.parent.glob("*.jsonl")) if file.parent.is_dir() else []
-        hint = nearest(str(file), near) if near else "name a JSONL file or a hub dataset (data.path=...)"
-        raise UserError(f"{file}: cannot read the data: {error.strerror}; {hint}") from None
+        hint = nearest(path, near) if near else "name a JSONL file or a hub dataset"
+        raise UserError(f"{option}: cannot read {path}: {error.strerror}; {hint}") from None
     with lines:
-        count = 0
-        for number, line in enumerate(lines, 1):
-            if limit is not None and count >= limit:
-                return
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}:{number}: not valid JSON: {error.msg} at column {error.colno}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{file}:{number}: a row is a JSON object, not {type(row).__name__}")
-            count += 1
-            yield row
+        written = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        yield from (_parse(line, f"{path}:{number}") for number, line in itertools.islice(written, limit))
 
 
-def _read_hub(name: str, split: str, limit: int | None) -> list[Row]:
+def _parse(line: bytes, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start} of the line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row is a JSON object, not {type(row).__name__}")
+    return row
+
+
+def _read_hub(name: str, split: str, limit: int | None, option: str) -> list[Row]:
     try:
         import datasets
     except ImportError:
         raise UserError(
-            f"data '{name}' is no file here; to read it from the hub install the extra: pip install 'alignlab[hub]'"
+            f"{option}: {name} is no file here; to read it from the hub install the extra hub: "
+            '.venv/bin/pip install -e ".[hub]"'
         ) from None
     path, _, configuration = name.partition(":")
     try:
         rows = datasets.load_dataset(path, configuration or None, split=split)
     except Exception as error:  # whatever the hub's client raises: the user needs the name, the split and the reason
         raise UserError(
-            f"data '{name}', split '{split}': neither a file here nor loadable from the hub: {error}"
+            f"{option}: {name}, split '{split}': neither a file here nor loadable from the hub: {error}"
         ) from None
     return list(rows if limit is None else rows.select(range(min(limit, len(rows)))))
 
 
-def render(row: Row, config: DataConfig, tokenizer: Any) -> str:
-    """The text that the engine continues: system message and filled template, in the tokenizer's chat format."""
+# ---------------------------------------------------------------- what a row must hold
+def check_rows(rows: Sequence[Row], config: DataConfig) -> None:
+    """Refuse data of which any row lacks what `config` takes from it. Raises UserError that names the row."""
+    check_column(rows, config.path, "data.prompt_column", config.prompt_column, PROMPT)
+    if config.completion_column is not None:
+        check_column(rows, config.path, "data.completion_column", config.completion_column, TEXT)
+    if config.rejected_column is not None:
+        check_column(rows, config.path, "data.rejected_column", config.rejected_column, TEXT)
+    if config.baseline_column is not None:
+        check_column(rows, config.path, "data.baseline_column", config.baseline_column, NUMBER)
+    for name in check_template(config.template) - {"prompt"}:
+        check_column(rows, config.path, f"data.template {{{name}}}", name, VALUE)
+    for number, row in enumerate(rows, 1):
+        try:
+            _messages(row, config)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # "{answer:.2f}" of a text
+            raise UserError(
+                f"data.template {config.template!r}: cannot be filled from {config.path}, row {number}: {error}"
+            ) from None
+
+
+def check_template(template: str) -> set[str]:
+    """The columns that a template names. Raises UserError where a brace does not belong to one."""
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        names = {re.split(r"[.\[]", field)[0] for field in fields}
+        for name in names:
+            if not name or name.isdigit():
+                raise ValueError(f"{{{name}}} names no column")
+    except ValueError as error:
+        raise UserError(
+            f"data.template {template!r}: {error}; {{column}} stands for a column, a literal brace is written twice: "
+            "\\boxed{{}}"
+        ) from None
+    return names
+
+
+Kind = tuple[str, Callable[[Any], bool]]
+"""What a column holds, in words and as a test of one value."""
+
+
+def _is_prompt(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return isinstance(value, str)
+    return all(isinstance(m, Mapping) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in value)
+
+
+TEXT: Kind = ("a text", lambda value: isinstance(value, str))
+NUMBER: Kind = ("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value))
+VALUE: Kind = ("a value", lambda value: value is not None)
+PROMPT: Kind = ("a text, or chat messages [{role: text, content: text}, ...]", _is_prompt)
+
+
+def check_column(rows: Sequence[Row], path: str, option: str, column: str, kind: Kind) -> None:
+    """Raise UserError for the first row without `column`, or with something else in it than `kind`."""
+    what, fits = kind
+    for number, row in enumerate(rows, 1):
+        if column not in row:
+            raise UserError(f"{option}: {path}, row {number}: no column '{column}'; {nearest(column, row)}")
+        if not fits(row[column]):
+            got = reprlib.repr(row[column])
+            raise UserError(f"{option}: {path}, row {number}: column '{column}' holds {got}; it must be {what}")
+
+
+# ---------------------------------------------------------------- from a row to what the engine continues
+def _messages(row: Row, config: DataConfig) -> list[dict[str, str]]:
     content = row[config.prompt_column]
     if isinstance(content, str):
-        user = config.template.format_map({**row, "prompt": content})
-        messages = [{"role": "user", "content": user}]
+        messages = [{"role": "user", "content": config.template.format_map({**row, "prompt": content})}]
     else:
         messages = [dict(message) for message in content]
-    if config.system is not None:
-        messages.insert(0, {"role": "system", "content": config.system})
+    return messages if config.system is None else [{"role": "system", "content": config.system}, *messages]
+
+
+def render(row: Row, config: DataConfig, tokenizer: Any) -> str:
+    """The text that the engine continues: system message and filled template, in the tokenizer's chat format.
+
+    Raises UserError when the tokenizer has no chat format, or its format refuses these messages.
+    """
+    messages = _messages(row, config)
     if not config.chat_template:
         return "\n".join(message["content"] for message in messages)
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def check_columns(rows: Sequence[Row], config: DataConfig) -> None:
-    """Refuse data whose first row lacks a column that the config names. Raises UserError."""
-    columns = set(rows[0])
-    named = {"data.prompt_column": config.prompt_column}
-    if config.completion_column is not None:
-        named["data.completion_column"] = config.completion_column
-    if config.baseline_column is not None:
-        named["data.baseline_column"] = config.baseline_column
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(config.template) if name]
-    except ValueError as error:
-        raise UserError(f"data.template {config.template!r}: {error}; a literal brace is written twice: {{{{") from None
-    named |= {f"data.template {{{name}}}": name for name in fields if name != "prompt"}
-    for option, column in named.items():
-        if column not in columns:
-            raise UserError(f"{option}: {config.path} has no column '{column}'; {nearest(column, columns)}")
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a chat template is a program that comes with the model
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(
+            f"data.chat_template: the model's tokenizer cannot render the messages ({roles}); use an instruct model, "
+            f"or set data.chat_template=false to continue the bare text (base models). It says: {first_line(error)}"
+        ) from None
 
 
 class PromptStream:
@@ -108,7 +183,7 @@ class PromptStream:
     def __init__(self, config: DataConfig, tokenizer: Any, seed: int, rows: Sequence[Row] | None = None) -> None:
         self.config, self.seed = config, seed
         rows = read_rows(config.path, config.split, config.limit) if rows is None else rows
-        check_columns(rows, config)
+        check_rows(rows, config)
         texts = [render(row, config, tokenizer) for row in rows]
         # The chat template has already written the special tokens.
         ids = tokenizer(texts, add_special_tokens=not config.chat_template)["input_ids"]

@@ -26,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from alignlab.plan import absolute
 from core.config import RunConfig
 from core.errors import UserError
 from core.loading import dump_config, load_config
@@ -71,7 +72,11 @@ class RunDir:
                 f"{run.path} already holds a run; add --resume to go on with it, or name=OTHER to start another"
             )
         for folder in ("tensorboard", "rollouts", "evals", "checkpoints", "logs"):
-            (run.path / folder).mkdir(parents=True, exist_ok=True)
+            try:
+                (run.path / folder).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                why = f"cannot make {run.path}: {error.strerror}; name a folder that you may write to"
+                raise UserError(f"output_dir: {why}") from None
         write_atomically(run.path / "config.yaml", dump_config(config))
         attempt = len(list(run.path.glob("environment*.json")))
         name = "environment.json" if attempt == 0 else f"environment-{attempt}.json"
@@ -85,8 +90,8 @@ class RunDir:
 
     def _check_same(self, config: RunConfig) -> None:
         """A resumed run may be placed otherwise, get longer, report more often; what shapes the updates must stay."""
-        old = _leaves(load_config(self.path / "config.yaml").model_dump())
-        new = _leaves(config.model_dump())
+        old = _leaves(absolute(load_config(self.path / "config.yaml")).model_dump())
+        new = _leaves(absolute(config).model_dump())
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _free(key)]
         if changed:
             detail = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)

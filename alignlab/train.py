@@ -16,7 +16,7 @@ from alignlab.coordinator import Coordinator
 from alignlab.demonstrations import Demonstrations
 from alignlab.evaluate import Evaluator
 from alignlab.metrics import MetricsWriter
-from alignlab.plan import Plan, load_tokenizer, make_plan
+from alignlab.plan import Plan, load_tokenizer, make_plan, shown
 from alignlab.prompts import PromptStream
 from alignlab.run import Run, RunAborted
 from alignlab.run_dir import Checkpoint, RunDir
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 def train(config: RunConfig, *, resume: bool = False) -> int:
     """Run `config` to its last step. 0: it got there, 130: Ctrl-C ended it, 1: a part was lost. Raises UserError."""
     plan = make_plan(config)
+    config = plan.config
     tokenizer = load_tokenizer(config.model)
-    prompts = PromptStream(config.data, tokenizer, config.seed)
-    _check_data(plan, prompts)
+    prompts = PromptStream(config.data, tokenizer, config.seed, plan.rows)
     evaluator = Evaluator(plan, tokenizer)
     run_dir = RunDir.create(config, resume=resume)
     checkpoint = (run_dir.checkpoints() or [None])[-1]
@@ -40,17 +40,11 @@ def train(config: RunConfig, *, resume: bool = False) -> int:
         try:
             step = asyncio.run(_train(plan, run_dir, tokenizer, prompts, evaluator, checkpoint))
         except _failures() as error:
-            print(f"alignlab train: {error}\nlogs: {run_dir.path / 'logs'}", file=sys.stderr)
+            print(f"alignlab train: {error}\nlogs: {shown(run_dir.path / 'logs')}", file=sys.stderr)
             print(f"next, when the cause is mended: {_resume(run_dir)}", file=sys.stderr)
             return 1
     _say_end(plan, run_dir, step)
     return 0 if step >= config.steps else 130
-
-
-def _check_data(plan: Plan, prompts: PromptStream) -> None:
-    from rewards.composer import check_components, check_data
-
-    check_data(check_components(plan.config.rewards), prompts[0].columns)
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -63,7 +57,7 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 def _resume(run_dir: RunDir) -> str:
-    return f"alignlab train {run_dir.path}/config.yaml --resume"
+    return f"alignlab train {shown(run_dir.path)}/config.yaml --resume"
 
 
 async def _train(
@@ -163,22 +157,20 @@ class _ctrl_c:
 
 
 def _say_start(plan: Plan, run_dir: RunDir, prompts: PromptStream, checkpoint: Checkpoint | None, resume: bool) -> None:
-    config = plan.config
-    print(f"{config.name}: {config.steps} steps into {run_dir.path}; tensorboard --logdir {run_dir.path}/tensorboard")
-    print(
-        f"  {len(prompts)} prompts of {config.data.path}"
-        + (f", {prompts.too_long} left out as too long" * bool(prompts.too_long))
-    )
+    config, folder = plan.config, shown(run_dir.path)
+    print(f"{config.name}: {config.steps} steps into {folder}; tensorboard --logdir {folder}/tensorboard")
+    left_out = f", {prompts.too_long} left out as too long" if prompts.too_long else ""
+    print(f"  {len(prompts)} prompts of {shown(config.data.path)}{left_out}")
     if checkpoint:
-        print(f"  going on from {checkpoint.path}")
+        print(f"  going on from {shown(checkpoint.path)}")
     elif resume:
         print("  no checkpoint was written yet: starting over")
 
 
 def _say_end(plan: Plan, run_dir: RunDir, step: int) -> None:
-    config = plan.config
+    config, folder = plan.config, shown(run_dir.path)
     newest = run_dir.checkpoints()[-1]
-    print(f"done: {step} of {config.steps} steps; policy in {newest.model}")
+    print(f"done: {step} of {config.steps} steps; policy in {shown(newest.model)}")
     for name in plan.benchmarks:
         before, after = (_accuracy(run_dir.path, number, name) for number in (0, step))
         if before and after:
@@ -186,10 +178,10 @@ def _say_end(plan: Plan, run_dir: RunDir, step: int) -> None:
     if step < config.steps:
         print(f"next: {_resume(run_dir)}")
     else:
-        benchmarks = ",".join(config.eval.benchmarks) or "gsm8k"
-        data = f" --data {config.eval.data}" if config.eval.data else ""
-        print(f"next: alignlab eval {run_dir.path} --benchmarks {benchmarks}{data}")
-        print(f"      tensorboard --logdir {run_dir.path}/tensorboard")
+        benchmarks = ",".join(map(shown, config.eval.benchmarks)) or "gsm8k"
+        data = f" --data {shown(config.eval.data)}" if config.eval.data else ""
+        print(f"next: alignlab eval {folder} --benchmarks {benchmarks}{data}")
+        print(f"      tensorboard --logdir {folder}/tensorboard")
 
 
 def _accuracy(folder: Path, step: int, benchmark: str) -> str | None:
@@ -197,4 +189,5 @@ def _accuracy(folder: Path, step: int, benchmark: str) -> str | None:
     if not path.exists():
         return None
     result = json.loads(path.read_text())["result"]
-    return f"{result['accuracy']:.3f} [{result['low']:.3f}, {result['high']:.3f}]"
+    numbers = [result[key] for key in ("accuracy", "low", "high")]
+    return None if None in numbers else "{:.3f} [{:.3f}, {:.3f}]".format(*numbers)

@@ -20,9 +20,13 @@ DType = Literal["float32", "bfloat16"]
 
 
 class Section(BaseModel):
-    """A part of the tree: frozen, strict about types, no unknown keys; the docstring under a field is its meaning."""
+    """A part of the tree: frozen, strict about types, no unknown keys, no infinite numbers; the docstring under a field
+    is its meaning.
+    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
@@ -47,6 +51,8 @@ class DataConfig(Section):
     """Column that holds the question (a string), or the chat messages (a list of {role, content})."""
     completion_column: str | None = None
     """Column that holds the demonstration; for methods that learn from demonstrations (`sft`), and only for them."""
+    rejected_column: str | None = None
+    """Column that holds the completion to which the other was preferred; for methods that learn from pairs (`dpo`)."""
     baseline_column: str | None = None
     """Column with a number per prompt that its rewards are compared with; for methods that take it from the data."""
     system: str | None = None
@@ -96,7 +102,7 @@ class ActorsConfig(Section):
     dtype: DType | None = None
     """Precision of the engine; none is the model's `dtype`."""
     max_model_len: Positive | None = None
-    """Longest prompt plus completion; none is max_prompt_tokens + max_tokens."""
+    """Longest prompt plus completion; none is max_prompt_tokens + the larger max_tokens of rollout and eval."""
     max_num_seqs: Positive = 256
     """Sequences an engine decodes at once."""
     prefix_caching: bool = True
@@ -245,7 +251,7 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Folder of the run below `output_dir`: letters, digits, dot, dash, underscore."""
     output_dir: str = "runs"
-    """Where runs are kept."""
+    """Where runs are kept; every machine of a cluster must see it at the same path."""
     seed: Count = 0
     """Everything random derives from it."""
     steps: Positive
@@ -262,6 +268,16 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its completion, in training and in evaluation."""
+        return self.data.max_prompt_tokens + max(self.rollout.max_tokens, self.eval.max_tokens or 0)
+
+    def sum_of_longest(self) -> str:
+        """`longest` as a sum of options, for error messages."""
+        part = "rollout" if self.rollout.max_tokens >= (self.eval.max_tokens or 0) else "eval"
+        return f"data.max_prompt_tokens + {part}.max_tokens = {self.longest}"
+
     @model_validator(mode="after")
     def _combinations(self) -> RunConfig:
         if self.rollout.prompts % self.learner.minibatches:
@@ -273,10 +289,9 @@ class RunConfig(Section):
             raise ValueError(
                 "actors.weight_transfer nccl needs GPUs on both sides, but a device is cpu; use auto or object_store"
             )
-        longest = self.data.max_prompt_tokens + self.rollout.max_tokens
-        if self.actors.max_model_len is not None and self.actors.max_model_len < longest:
+        if self.actors.max_model_len is not None and self.actors.max_model_len < self.longest:
             raise ValueError(
-                f"actors.max_model_len {self.actors.max_model_len} is less than data.max_prompt_tokens + "
-                f"rollout.max_tokens = {longest}; raise the first or lower the others"
+                f"actors.max_model_len {self.actors.max_model_len} is less than {self.sum_of_longest()}; "
+                "raise the first or lower the others"
             )
         return self

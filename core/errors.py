@@ -24,3 +24,12 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
     meant = f"did you mean '{close[0]}'? " if close else ""
     return f"{meant}Allowed: {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of somebody else's code says, short enough for a sentence of ours.
+
+    >>> first_line(KeyError())
+    'KeyError'
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

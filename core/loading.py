@@ -11,6 +11,7 @@ from typing import Any
 
 import pydantic
 import yaml
+from pydantic.fields import FieldInfo
 
 from core.config import RunConfig, Section
 from core.errors import UserError, nearest
@@ -19,11 +20,14 @@ Path_ = tuple[str, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-6 is a number (PyYAML follows YAML 1.1, where it is a string), on/off are strings."""
+    """YAML as people write it: 1e-6 is a number (PyYAML follows YAML 1.1, where it is a string), on/off and dates are
+    strings.
+    """
 
 
+_REPLACED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("float", "bool", "timestamp"))
 _Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    first: [pair for pair in pairs if pair[0] not in _REPLACED]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -59,6 +63,8 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[Path_, str]]:
     except OSError as error:
         here = sorted(str(p) for p in Path("configs").glob("*.yaml")) or ["(no *.yaml in ./configs)"]
         raise UserError(f"{path}: cannot read the config: {error.strerror}; {nearest(str(path), here)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a config: {error.reason} at byte {error.start}; a config is UTF-8 text") from None
     try:
         node = yaml.compose(text, Loader=_Loader)
         lines = {key: f"{path}:{line}" for key, line in _lines(node, ())}
@@ -89,7 +95,11 @@ def _lines(node: yaml.Node | None, prefix: Path_) -> Iterator[tuple[Path_, int]]
 
 
 def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`tree` with every "key.sub=value" (the value as in YAML) put into it, in place. Raises UserError."""
+    """`tree` with every "key.sub=value" put into it, in place. Raises UserError.
+
+    The value is read as YAML, or taken as it stands where the option is a text and YAML sees something else in it:
+    `data.template={prompt}` is no mapping, `name=7` no number.
+    """
     for text in overrides:
         _override(tree, text)
     return tree
@@ -99,7 +109,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"command line '{text}': an override is key=value, for instance learner.optimizer.lr=1e-5")
-    *parents, last = key.split(".")
+    *parents, last = path = key.split(".")
     for parent in parents:
         # `method: grpo` becomes a mapping when one of its parts is overridden.
         if parent == "method" and isinstance(tree.get(parent), str):
@@ -108,10 +118,16 @@ def _override(tree: dict[str, Any], text: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"command line '{text}': '{parent}' is {child!r}, which has no options below it")
         tree = child
+    field = _field(tuple(path))
+    tree[last] = _value(value, text=field is not None and field.annotation in (str, str | None))
+
+
+def _value(written: str, *, text: bool) -> Any:
     try:
-        tree[last] = yaml.load(value, Loader=_Loader)
+        value = yaml.load(written, Loader=_Loader)
     except yaml.YAMLError:
-        tree[last] = value
+        return written
+    return written if text and not isinstance(value, str | None) else value
 
 
 def _explain(error: Any, tree: Mapping[str, Any], source: str, lines: Mapping[Path_, str]) -> str:
@@ -155,7 +171,11 @@ def section_at(path: Path_) -> type[Section] | None:
     return section
 
 
-def _meaning(path: Path_) -> str:
+def _field(path: Path_) -> FieldInfo | None:
     section = section_at(path[:-1])
-    field = section.model_fields.get(path[-1]) if section and path else None
+    return section.model_fields.get(path[-1]) if section and path else None
+
+
+def _meaning(path: Path_) -> str:
+    field = _field(path)
     return f"{path[-1]}: {field.description}" if field and field.description else ""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -72,10 +73,10 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], wher
     for name in options:
         if name not in allowed:
             known = nearest(name, allowed) if allowed else "it takes no options"
-            raise UserError(f"{where}.{name}: unknown option of '{function.__name__.rstrip('_')}'; {known}")
+            raise UserError(f"{where}.{name}: unknown option of '{_name(function)}'; {known}")
     try:
         # JSON mode: strict about types, yet a YAML list may fill a tuple.
-        model = _options_model(function).model_validate_json(json.dumps(dict(options), default=str))
+        model = _options_model(function, where).model_validate_json(json.dumps(dict(options), default=str))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         path = ".".join([where, *map(str, first["loc"])])
@@ -84,12 +85,30 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], wher
     return {name: getattr(model, name) for name in options}
 
 
-@functools.cache
-def _options_model(function: Callable[..., Any]) -> type[pydantic.BaseModel]:
-    hints = typing.get_type_hints(function, include_extras=True)
-    fields: dict[str, Any] = {
-        name: (hints.get(name, Any), ... if p.default is p.empty else p.default)
-        for name, p in options_of(function).items()
-    }
+def _options_model(function: Callable[..., Any], where: str) -> type[pydantic.BaseModel]:
     config = pydantic.ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
-    return pydantic.create_model(f"{function.__name__}_options", __config__=config, **fields)
+    try:
+        hints = _hints(function)
+        fields: dict[str, Any] = {
+            name: (hints.get(name, Any), ... if p.default is p.empty else p.default)
+            for name, p in options_of(function).items()
+        }
+        return pydantic.create_model(f"{_name(function)}_options", __config__=config, **fields)
+    except Exception as error:  # a user's annotation may say anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"{where}: the types of the options of '{_name(function)}' cannot be read ({reason}); annotate what comes "
+            "after the * with types that exist when the file runs, such as int, float, str, bool, list[str]"
+        ) from None
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The options' types. The inputs' are left alone: they may name what exists for a type checker only."""
+    written = {name: p.annotation for name, p in options_of(function).items() if p.annotation is not p.empty}
+    plain = inspect.unwrap(function)
+    names = getattr(plain, "__globals__", None) or getattr(plain.__call__, "__globals__", {})
+    return typing.get_type_hints(types.SimpleNamespace(__annotations__=written), names, include_extras=True)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__).rstrip("_")

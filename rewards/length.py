@@ -2,7 +2,7 @@
 
 A length reward that also pays wrong answers teaches the policy to fail briefly. So those that depend on correctness
 here (`cosine_length`, `l1_max`, `kimi_length`) ask `math_answer.grade` themselves, and abstain where it does; the
-others go beside `math_answer` with a small weight. `gold` is the dataset column that holds the right answer.
+others go beside `math_answer` with a small weight. `gold_column` names the one that holds the right answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rewards.math_answer import Extract, grade
-from rewards.reward import rewards
+from rewards.reward import Column, rewards
 
 Tokens = Annotated[int, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
@@ -50,7 +50,7 @@ def cosine_length(
     max_wrong: float = -0.5,
     min_correct: float = 0.5,
     max_correct: float = 1.0,
-    gold: str = "answer",
+    gold_column: Column = "answer",
     extract: Extract = "marked",
     **columns: Any,
 ) -> float | None:
@@ -59,7 +59,7 @@ def cosine_length(
     low + (high - low) / 2 * (1 + cos(pi * min(1, tokens / max_len))).
     Yeo et al., "Demystifying Long Chain-of-Thought Reasoning in LLMs", https://arxiv.org/abs/2502.03373
     """
-    correct = _correct(completion, columns.get(gold), extract)
+    correct = _correct(completion, columns.get(gold_column), extract)
     if correct is None:
         return None
     # Wrong answers run the other way round: the longer the better, since more thought may be what is lacking.
@@ -75,7 +75,7 @@ def l1_max(
     budget: Tokens,
     alpha: Amount = 0.01,
     delta: float = 0.5,
-    gold: str = "answer",
+    gold_column: Column = "answer",
     extract: Extract = "marked",
     **columns: Any,
 ) -> float | None:
@@ -83,7 +83,7 @@ def l1_max(
 
     Aggarwal and Welleck, https://arxiv.org/abs/2503.04697, "L1-Max" (their released code has half the slope).
     """
-    correct = _correct(completion, columns.get(gold), extract)
+    correct = _correct(completion, columns.get(gold_column), extract)
     if correct is None:
         return None
     return correct * min(1.0, max(0.0, alpha * (budget - len(completion_ids)) + delta))
@@ -94,7 +94,7 @@ def kimi_length(
     completions: Sequence[str],
     completion_ids: Sequence[Sequence[int]],
     *,
-    gold: str = "answer",
+    gold_column: Column = "answer",
     extract: Extract = "marked",
     **columns: Any,
 ) -> list[float | None]:
@@ -104,7 +104,7 @@ def kimi_length(
     """
     lengths = [len(ids) for ids in completion_ids]
     shortest, spread = min(lengths, default=0), max(lengths, default=0) - min(lengths, default=0)
-    golds = columns.get(gold) or [None] * len(lengths)
+    golds = columns.get(gold_column) or [None] * len(lengths)
     values: list[float | None] = []
     for text, right, tokens in zip(completions, golds, lengths, strict=True):
         correct = _correct(text, right, extract)

@@ -37,13 +37,13 @@ _LAST_NUMBER = re.compile(r"(?<![\w.^{])[-+]?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d
 
 
 @rewards
-def math_answer(completion: str, *, gold: Column = "answer", extract: Extract = "marked", **columns: Any) -> Score:
-    r"""1 if the last \boxed{} (or `####`) answer equals the right one in column `gold`, else 0.
+def math_answer(completion: str, *, gold_column: Column = "answer", extract: Extract = "marked", **columns: Any) -> Score:
+    r"""1 if the last \boxed{} (or `####`) answer equals the right one in `gold_column`, else 0.
 
     extract: boxed takes boxes only, marked also what follows `####`, any also the last number of the text.
     Abstains where the row has no right answer, or one that cannot be compared with.
     """
-    return grade(completion, columns.get(gold), extract=extract)
+    return grade(completion, columns.get(gold_column), extract=extract)
 
 
 def grade(completion: str, gold: object, *, extract: Extract = "marked") -> Score:

@@ -40,8 +40,11 @@ def plan(tree):
 
 @pytest.fixture(autouse=True)
 def files(tmp_path, monkeypatch):
-    """The files that configs name, so that only the mutation is wrong."""
+    """The files, hub datasets and GPUs that configs name, so that only the mutation is wrong."""
     monkeypatch.chdir(tmp_path)
+    row = {"question": "1+1?", "problem": "1+1?", "answer": "2", "completion": "2"}
+    monkeypatch.setattr("alignlab.prompts._read_hub", lambda *a: [row])
+    monkeypatch.setattr("alignlab.cluster.here", lambda: {"CPU": 2, "GPU": 2})
     for config in CONFIGS:
         tree, _ = read_yaml(config)
         for folder in (tree["model"]["path"],):
@@ -50,8 +53,8 @@ def files(tmp_path, monkeypatch):
         paths = [tree["data"]["path"], *tree.get("eval", {}).get("benchmarks", [])]
         for name in (p for p in paths if p.endswith(".jsonl")):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text('{"question": "1+1?", "answer": "2"}\n')
-    monkeypatch.setattr("alignlab.benchmarks.problems", lambda *a: [{"question": "1+1?", "answer": "2"}])
+            (tmp_path / name).write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr("alignlab.benchmarks.problems", lambda *a: [row])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

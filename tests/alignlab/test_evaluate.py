@@ -52,7 +52,7 @@ def test_a_config_in_the_working_directory_makes_no_run_of_what_lies_below(tmp_p
     (tmp_path / "config.yaml").write_text("{}")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    assert _resolve(arguments("model"))[0].model.path == "model"
+    assert _resolve(arguments("model"))[0].model.path == str(tmp_path / "model")
 
 
 def test_naming_no_benchmark_is_a_mistake(run):
@@ -63,7 +63,7 @@ def test_naming_no_benchmark_is_a_mistake(run):
 def test_a_run_is_evaluated_as_it_was_trained():
     components = {"right": {"fn": "math_answer", "extract": "any", "weight": 3.0}, "length": {"target": 9}}
     config = parse_config({**TREE, "rollout": {"stop": ["###"]}, "rewards": {"components": components}}, "test")
-    one = job("b/mine.jsonl", find("mine.jsonl"), [], config, config.data, max_tokens=7)
+    one = job("mine", find("mine.jsonl"), [], config, config.data, max_tokens=7)
     assert (one.name, one.sampling.max_tokens, one.sampling.stop) == ("mine", 7, ("###",))
     assert one.grader == {"extract": "any"} == grader(config).components["math_answer"]
 
@@ -93,7 +93,7 @@ def evaluated(tmp_path, grade, *questions):
 
     config = parse_config(TREE, "test")
     rows = [{"question": question, "answer": "5"} for question in questions]
-    one = job("mine.jsonl", find("mine.jsonl"), rows, config, None, max_tokens=7)
+    one = job("mine", find("mine.jsonl"), rows, config, None, max_tokens=7)
     result = asyncio.run(evaluate(one, tiny_tokenizer(tmp_path / "t"), Actors(), grade, tmp_path, {}))
     return result, json.loads((tmp_path / "mine.summary.json").read_text(), parse_constant=pytest.fail)
 

@@ -60,17 +60,57 @@ def test_long_prompts_are_left_out_and_counted():
     [
         (
             {"prompt_column": "questoin"},
-            "data.prompt_column: x.jsonl has no column 'questoin'; did you mean 'question'",
+            "data.prompt_column: x.jsonl, row 1: no column 'questoin'; did you mean 'question'",
         ),
-        ({"template": "{prompt} {hint}"}, "data.template {hint}: x.jsonl has no column 'hint'"),
+        ({"template": "{prompt} {hint}"}, "data.template {hint}: x.jsonl, row 1: no column 'hint'"),
         ({"template": "\\boxed{"}, "a literal brace is written twice"),
-        ({"completion_column": "c"}, "data.completion_column: x.jsonl has no column 'c'"),
+        ({"template": "{prompt} \\boxed{}"}, "{} names no column; {column} stands for a column, a literal brace is"),
+        ({"template": "{prompt} \\boxed{42}"}, "{42} names no column"),
+        ({"template": "{prompt} {answer:.2f}"}, "cannot be filled from x.jsonl, row 1: Unknown format code"),
+        ({"template": "{prompt} {answer.x}"}, "cannot be filled from x.jsonl, row 1: 'str' object has no attribute"),
+        ({"completion_column": "c"}, "data.completion_column: x.jsonl, row 1: no column 'c'"),
     ],
 )
 def test_wrong_columns_are_refused(data, message):
     with pytest.raises(UserError) as error:
         stream(**data)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answer": "1"}, "data.prompt_column: x.jsonl, row 11: no column 'question'"),
+        ({"question": None}, "row 11: column 'question' holds None; it must be a text, or chat messages"),
+        ({"question": 7}, "column 'question' holds 7"),
+        ({"question": []}, "column 'question' holds []"),
+        ({"question": [{"role": "user"}]}, "column 'question' holds [{'role': 'user'}]"),
+        ({"question": "?", "answer": None, "said": "x", "value": 1}, "data.template {answer}: x.jsonl, row 11"),
+        ({"question": "?", "answer": "1", "said": ["x"], "value": 1}, "data.completion_column: x.jsonl, row 11"),
+        ({"question": "?", "answer": "1", "said": "x", "value": "1"}, "data.baseline_column: x.jsonl, row 11"),
+    ],
+)
+def test_every_row_is_looked_at(row, message):
+    rows = [{**good, "said": "x", "value": 0.5} for good in ROWS]
+    with pytest.raises(UserError) as error:
+        stream([*rows, row], template="{prompt} {answer}", completion_column="said", baseline_column="value")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [ValueError("chat_template is not set and\nhere is a page of advice"), RuntimeError("System role not supported")],
+)
+def test_a_tokenizer_that_cannot_chat_is_a_users_mistake(problem):
+    class Base(Letters):
+        def apply_chat_template(self, *arguments, **options):
+            raise problem
+
+    with pytest.raises(UserError, match=r"\(system, user\); .* set data.chat_template=false") as error:
+        PromptStream(DataConfig(path="x.jsonl", system="Be brief."), Base(), 0, ROWS)
+    assert "advice" not in str(error.value)
+    bare = PromptStream(DataConfig(path="x.jsonl", chat_template=False, shuffle=False), Base(), 0, ROWS)
+    assert bare[0].text == "0+0?"
 
 
 def test_broken_files_name_the_line(tmp_path):
@@ -81,6 +121,13 @@ def test_broken_files_name_the_line(tmp_path):
         read_rows(str(path))
     with pytest.raises(UserError, match=r"did you mean '.*rows.jsonl'"):
         read_rows(str(tmp_path / "row.jsonl"))
+    path.write_bytes(json.dumps(ROWS[0]).encode() + b'\n{"question": "\xff"}\n')
+    with pytest.raises(UserError, match=r"rows.jsonl:2: not UTF-8 text"):
+        read_rows(str(path))
+    path.write_text("\ufeff" + json.dumps(ROWS[0]) + "\n\n[1]\n")
+    assert read_rows(str(path), limit=1) == [ROWS[0]]
+    with pytest.raises(UserError, match=r"rows.jsonl:3: a row is a JSON object, not list"):
+        read_rows(str(path))
     path.write_text("")
     with pytest.raises(UserError, match="no rows"):
         read_rows(str(path))

@@ -84,6 +84,9 @@ def test_the_error_names_the_line(tmp_path):
         (["learner.minibatches=5"], "rollout.prompts 32 cannot be split into learner.minibatches 5"),
         (["actors.weight_transfer=nccl", "actors.device=cpu"], "nccl needs GPUs on both sides"),
         (["actors.max_model_len=64"], "is less than data.max_prompt_tokens + rollout.max_tokens = 1024"),
+        (["actors.max_model_len=1024", "eval.max_tokens=600"], "data.max_prompt_tokens + eval.max_tokens = 1112"),
+        (["learner.optimizer.lr=.inf"], "'learner.optimizer.lr' is inf: input should be a finite number"),
+        (["learner.optimizer.betas=[.nan, 0.9]"], "should be a finite number"),
         (["name=../x"], "'name' is '../x'"),
         (["actors.count=yes"], "'actors.count' is 'yes'"),
     ],
@@ -111,6 +114,24 @@ def test_broken_files_are_refused(tmp_path, text, message):
     assert message in str(error.value)
 
 
+def test_a_text_on_the_command_line_is_taken_as_it_stands(file):
+    config = load_config(file, ["data.template={prompt}", "name=7", "data.system=Q: [1]", "model.revision=1e5"])
+    assert (config.data.template, config.name, config.data.system) == ("{prompt}", "7", "Q: [1]")
+    assert config.model.revision == "1e5"
+    assert load_config(file, ["data.template='{prompt}: 1'", "data.system=null"]).data.template == "{prompt}: 1"
+    assert load_config(file, ["data.system=null"]).data.system is None
+    assert load_config(file, ["data.completion_column=2024-01-01"]).data.completion_column == "2024-01-01"
+    with pytest.raises(UserError, match=r"'data.template' is None"):
+        load_config(file, ["data.template="])
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "program"
+    path.write_bytes(b"\x7fELF\xff\xfe")
+    with pytest.raises(UserError, match=r"program: not a config: .* a config is UTF-8 text"):
+        load_config(path)
+
+
 def test_a_missing_file_names_a_near_one():
     with pytest.raises(UserError, match="cannot read the config"):
         load_config("configs/nothing-here.yaml")
@@ -119,5 +140,3 @@ def test_a_missing_file_names_a_near_one():
 def test_a_method_given_by_name_takes_overrides(file):
     load = load_config(file, ["method=dapo", "method.kl.coef=0.1"])
     assert load.method == {"row": "dapo", "kl": {"coef": 0.1}}
-
-

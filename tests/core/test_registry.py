@@ -1,9 +1,11 @@
 """A registry explains itself and refuses what its functions do not know."""
 
+from dataclasses import dataclass
+
 import pytest
 
 from core.errors import UserError
-from core.registry import Registry
+from core.registry import Registry, check_options
 
 
 @pytest.fixture
@@ -56,3 +58,36 @@ def test_mistakes_are_explained(clips, name, options, message):
 def test_a_name_is_registered_once(clips):
     with pytest.raises(ValueError, match="registered twice"):
         clips(clips["cispo"])
+
+
+def defined(source):
+    """The object called `it` of a user's file."""
+    names = {}
+    exec("from __future__ import annotations\n" + source, names)
+    return names["it"]
+
+
+def test_only_the_types_of_options_need_to_exist():
+    it = defined("def it(completion: Missing, *, low: float = 0.0) -> Missing: ...")
+    assert check_options(it, {"low": 1}, "where") == {"low": 1.0}
+    with pytest.raises(UserError, match=r"where.low: .*valid number, got 'x'"):
+        check_options(it, {"low": "x"}, "where")
+
+
+@pytest.mark.parametrize("annotation", ["Missing", "list[", "1 / 0"])
+def test_a_type_that_cannot_be_read_names_the_function(annotation):
+    it = defined(f"def it(completion, *, low: {annotation!r} = 0.0): ...")
+    with pytest.raises(UserError, match=r"where: the types of the options of 'it' cannot be read \(\w+Error: "):
+        check_options(it, {}, "where")
+
+
+def test_a_callable_object_has_options_too():
+    @dataclass
+    class Judge:  # as a dataclass with `eq`, it cannot be hashed
+        scale: float = 1.0
+
+        def __call__(self, completion, *, low: float = 0.0): ...
+
+    assert check_options(Judge(), {"low": 2}, "where") == {"low": 2.0}
+    with pytest.raises(UserError, match=r"where.lwo: unknown option of 'Judge'; did you mean 'low'"):
+        check_options(Judge(), {"lwo": 2}, "where")

@@ -184,7 +184,7 @@ def test_data_without_a_column_that_a_reward_reads_is_refused(tmp_path: Path) ->
         check_data(found, {"answers", "target"})
     with pytest.raises(UserError, match=r"components\.near: it reads the column 'target'"):
         check_data(found, {"answer"})
-    check_data(check_components(config({"math_answer": {"gold": "solution"}})), {"solution"})
+    check_data(check_components(config({"math_answer": {"gold_column": "solution"}})), {"solution"})
 
 
 def test_a_step_in_which_nothing_has_a_total_ends_the_run() -> None:

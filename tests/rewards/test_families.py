@@ -69,7 +69,7 @@ def test_rewards_that_need_the_right_answer_abstain_without_it() -> None:
     assert cosine_length(RIGHT, tokens(3), max_len=9) is None
     assert l1_max(RIGHT, tokens(3), budget=9, answer="") is None
     assert kimi_length([RIGHT], [tokens(3)]) == [None]
-    assert l1_max(RIGHT, tokens(3), budget=9, gold="solution", solution="5") == 0.56
+    assert l1_max(RIGHT, tokens(3), budget=9, gold_column="solution", solution="5") == 0.56
 
 
 @pytest.mark.parametrize(
