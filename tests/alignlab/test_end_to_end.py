@@ -217,6 +217,19 @@ def test_demonstrations_are_learned(home):
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_pairs_are_learned(home):
+    pairs = [{"question": f"{a} + {a}?", "good": "the sum", "bad": "no idea"} for a in range(8)]
+    (home / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    path = config(
+        home, "dpo", steps=6, method="dpo", data__path="pairs.jsonl", data__completion_column="good",
+        data__rejected_column="bad", rewards={}, learner__optimizer={"lr": 1e-3},
+    )  # fmt: skip
+    train(home, path)
+    steps = [row for row in rows(home / "runs" / "dpo" / "metrics.jsonl") if "policy/loss" in row]
+    assert steps[0]["preference/margin"] == 0.0  # the policy is still the reference
+    assert steps[-1]["preference/margin"] > 1.0 and steps[-1]["preference/accuracy"] == 1.0
+
+
 def test_eval_of_a_run_by_command(home, plain):
     done = subprocess.run(
         [*ALIGNLAB, "eval", "runs/plain", "--benchmarks", "few.jsonl", "--samples", "2", "--limit", "4"],
