@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.engine import Engine, EngineSpec, Rejected
-from actors.weights import Broadcast, Refused, Snapshot
+from actors.weights import Broadcast, Interrupted, Refused, Snapshot
 from core.schema import Group, GroupRequest
 
 
@@ -128,14 +128,15 @@ class RolloutActor:
         """Serve these weights from the next step on; their version and digest in the Stats.
 
         Requests in flight stay, and their later tokens carry the new version; with `wait` they are finished first.
-        Raises weights.Refused (the old version serves on) or EngineFailed.
+        Raises weights.Refused (the old version serves on), weights.Interrupted (nothing is sampled until whole weights
+        are published) or EngineFailed.
         """
         self._ask(lambda engine: engine.update_weights(weights), when_idle=wait).result()
         return self.status()
 
-    def connect(self, address: str, port: int, rank: int, world_size: int) -> None:
+    def connect(self, address: str, port: int, rank: int, world_size: int, seconds: float) -> None:
         """See Engine.connect."""
-        self._ask(lambda engine: engine.connect(address, port, rank, world_size)).result()
+        self._ask(lambda engine: engine.connect(address, port, rank, world_size, seconds)).result()
 
     def abort(self, ids: Sequence[str]) -> None:
         """Forget these requests. Results that were finished already may still arrive."""
@@ -194,7 +195,7 @@ class RolloutActor:
     def _wait_for_work(self, engine: Engine) -> bool:
         """False when the actor is to close."""
         with self._changed:
-            busy = sum(engine.unfinished()) > 0
+            busy = _can_step(engine)
             if not busy:
                 self._waiting_since = None
             self._changed.wait_for(lambda: busy or self._jobs or self._closing)
@@ -206,7 +207,7 @@ class RolloutActor:
             self._waiting_since = None  # who asked keeps the time
             try:
                 job.result.set_result(job.work(engine))
-            except Refused as error:
+            except (Refused, Interrupted) as error:
                 job.result.set_exception(error)
             except BaseException as error:
                 job.result.set_exception(EngineFailed(f"the engine of {self.name} failed: {error!r}"))
@@ -216,12 +217,12 @@ class RolloutActor:
 
     def _next_job(self, engine: Engine) -> _Job | None:
         with self._changed:
-            if not self._jobs or (self._jobs[0].when_idle and sum(engine.unfinished())):
+            if not self._jobs or (self._jobs[0].when_idle and _can_step(engine)):
                 return None  # later jobs wait too: order is kept
             return self._jobs.popleft()
 
     def _step(self, engine: Engine) -> None:
-        if not sum(engine.unfinished()):
+        if not _can_step(engine):
             return
         start = self._waiting_since = time.monotonic()
         groups = engine.step()
@@ -254,6 +255,11 @@ class RolloutActor:
             self._changed.notify_all()
         for job in jobs:
             job.result.set_exception(EngineFailed(f"the engine of {self.name} failed: {reason}"))
+
+
+def _can_step(engine: Engine) -> bool:
+    """Something is in flight, and the weights are whole."""
+    return engine.version >= 0 and sum(engine.unfinished()) > 0
 
 
 def _max_rss_gib() -> float:

@@ -75,7 +75,7 @@ class EngineSpec:
 class Engine(Protocol):
     """One engine on one thread. `version` and `digest` are those of the weights that serve now."""
 
-    version: int  # 0 for the weights on disk
+    version: int  # 0 for the weights on disk; -1 after weights.Interrupted: then it must not step
     digest: str  # "" until weights were loaded through `update_weights`
 
     def add(self, request: GroupRequest) -> None:
@@ -96,11 +96,14 @@ class Engine(Protocol):
     def update_weights(self, weights: Snapshot | Broadcast) -> str:
         """Serve these weights from the next step on; their digest. The caches of the old weights are dropped.
 
-        Raises weights.Refused with nothing changed (the old version serves on), or EngineBroken.
+        Raises weights.Refused with nothing changed (the old version serves on), weights.Interrupted, or EngineBroken.
         """
 
-    def connect(self, address: str, port: int, rank: int, world_size: int) -> None:
-        """Join the learner's NCCL group; `rank` is that of this engine's first worker. Blocks until all have joined."""
+    def connect(self, address: str, port: int, rank: int, world_size: int, seconds: float) -> None:
+        """Join the learner's NCCL group, instead of an older one; `rank` is that of this engine's first worker.
+
+        Blocks until all have joined. Raises weights.Refused when not all have within `seconds`.
+        """
 
     def close(self) -> None:
         """Free everything; the engine is of no use afterwards."""
@@ -177,10 +180,11 @@ class FakeEngine:
     def update_weights(self, weights: Snapshot | Broadcast) -> str:
         if isinstance(weights, Snapshot):
             verify(weights)
-        self.version, self.digest = weights.version, weights.digest
+        self.version = weights.version
+        self.digest = weights.digest if isinstance(weights, Snapshot) else f"nccl:{weights.version}"
         return self.digest
 
-    def connect(self, address: str, port: int, rank: int, world_size: int) -> None:
+    def connect(self, address: str, port: int, rank: int, world_size: int, seconds: float) -> None:
         """A fake has nobody to talk to."""
 
     def close(self) -> None:

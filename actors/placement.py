@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from actors.actor import RolloutActor, Stats
 from actors.engine import Device, Engine, EngineSpec
+from actors.weights import Snapshot, Stored
 from core.config import RunConfig
 from core.errors import UserError
 
@@ -45,7 +46,7 @@ class Host(Protocol):
     def start(self, index: int, name: str, incarnation: int, spec: EngineSpec, make: Make, log: Path) -> Handle:
         """A new actor in the reserved place number `index`; what it prints goes to `log`."""
 
-    def share(self, weights: Any) -> Any:
+    def share(self, weights: Snapshot | Stored) -> Any:
         """Weights in the form in which `Handle.call` hands them to many actors without a copy for each."""
 
     async def close(self, last: list[Stats]) -> None:
@@ -61,8 +62,8 @@ class ThreadHost:
     def start(self, index: int, name: str, incarnation: int, spec: EngineSpec, make: Make, log: Path) -> Handle:
         return _ThreadHandle(RolloutActor(name, incarnation, spec, make))
 
-    def share(self, weights: Any) -> Any:
-        return weights
+    def share(self, weights: Snapshot | Stored) -> Any:
+        return weights.reference if isinstance(weights, Stored) else weights
 
     async def close(self, last: list[Stats]) -> None:
         """Threads end with their actors."""
@@ -133,10 +134,10 @@ class RayHost:
         )
         return _RayHandle(remote.remote(str(log.resolve()), name, incarnation, spec, make))
 
-    def share(self, weights: Any) -> Any:
+    def share(self, weights: Snapshot | Stored) -> Any:
         import ray
 
-        return weights if isinstance(weights, ray.ObjectRef) else ray.put(weights)
+        return weights.reference if isinstance(weights, Stored) else ray.put(weights)
 
     async def close(self, last: list[Stats]) -> None:
         import ray

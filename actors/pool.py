@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -18,12 +19,14 @@ from actors.actor import EngineFailed, Failure, Poll, Stats
 from actors.engine import Engine, EngineSpec
 from actors.placement import Gone, Handle, Host, Make, RayHost
 from actors.routing import Errand
-from actors.weights import Broadcast, Refused, Snapshot
+from actors.weights import Broadcast, Interrupted, Refused, Snapshot, Stored
 from core.config import RunConfig
 from core.errors import UserError
 from core.schema import Group, GroupRequest
 
 CALL_SECONDS = 60.0  # for calls that only queue something
+GRACE_SECONDS = 30.0  # in which an actor that has a deadline itself still says that it has missed it
+PAUSE_SECONDS = 1.0  # before a replacement that failed is tried again, growing with every failure
 
 
 class ActorLost(Exception):
@@ -48,7 +51,7 @@ class ActorPool:
     """
     pool = ActorPool(config, log_dir)                      # Ray must be running; host=ThreadHost() needs no Ray
     await pool.start()                                     # UserError if it cannot be placed or does not start
-    published = await pool.publish(snapshot)               # a Snapshot, or a Ray reference to one
+    published = await pool.publish(snapshot)               # a Snapshot, or one that is Stored already
     await pool.submit("actor-0", requests)                 # ActorLost
     poll = await pool.poll("actor-0")                      # ActorLost
     incarnation = await pool.replace("actor-0")            # serves the last published weights
@@ -66,9 +69,10 @@ class ActorPool:
         self._handles: dict[str, Handle] = {}
         self._lost: dict[str, str] = {}  # name -> why its current incarnation must be replaced
         self._seen = dict.fromkeys(self.names, 0)  # the incarnation that the caller of `poll` knows of
-        self._weights: Any = None  # what was published last, for late joiners
-        self.supply: Callable[[], Awaitable[Any]] | None = None  # a Snapshot for late joiners; needed with nccl only
-        self.connected = False  # all actors are members of the learner's NCCL group
+        self._weights: Any = None  # what was published last, as actors take it, for late joiners
+        self._version = 0  # of it
+        self.supply: Callable[[], Awaitable[Stored]] | None = None  # for those that join after a Broadcast
+        self._members: dict[str, Handle] = {}  # of the learner's NCCL group
         self._publishing = asyncio.Lock()  # nobody joins with old weights while new ones go out
         self._renewals: dict[str, asyncio.Task[None]] = {}  # replacements on their way
         self._polls = {name: asyncio.Lock() for name in self.names}  # one poll at a time
@@ -84,6 +88,11 @@ class ActorPool:
         if self._spec is None:
             raise RuntimeError("the pool has not been started")
         return self._spec
+
+    @property
+    def well(self) -> tuple[str, ...]:
+        """Actors that are neither lost nor being replaced."""
+        return tuple(name for name in self.names if name in self._handles and name not in self._lost)
 
     # Life ----------------------------------------------------------------------------------------------------------
 
@@ -116,7 +125,8 @@ class ActorPool:
     async def replace(self, name: str) -> int:
         """A new incarnation in place of a lost or stale one, serving the last published weights; its number.
 
-        Does nothing if the actor is well: a `run` in progress has replaced it. Raises ActorLost if the new one fails.
+        Does nothing if the actor is well: a `run` in progress has replaced it. Raises ActorLost if
+        `rollout.max_attempts` new ones have failed and no other actor is well.
         """
         await self._renew(name)
         self._seen[name] = self.incarnations[name]
@@ -124,24 +134,27 @@ class ActorPool:
 
     async def _renew(self, name: str) -> None:
         """Wait for the one replacement of a lost actor, which goes on even if a caller gives up (a `run` that ends)."""
-        if name not in self._lost:
-            return
+        if name in self._lost:
+            await asyncio.shield(self._renewal(name))
+
+    def _renewal(self, name: str) -> asyncio.Task[None]:
         if name not in self._renewals:
             self._renewals[name] = asyncio.create_task(self._relaunch(name))
             self._renewals[name].add_done_callback(lambda _: self._renewals.pop(name))
-        await asyncio.shield(self._renewals[name])
+        return self._renewals[name]
 
     async def _relaunch(self, name: str) -> None:
-        self.incarnations[name] += 1
-        self.connected = False
-        await self._launch(name)
-        try:
-            await self._catch_up(name)
-        except BaseException as error:
-            self._handles[name].kill()
-            if isinstance(error, Refused | TimeoutError):
-                raise ActorLost(name, self.incarnations[name], f"it joined late and got no weights: {error}") from None
-            raise
+        """Incarnation after incarnation until one serves: what ails one place must not end a run that others serve."""
+        for attempt in itertools.count(1):
+            self.incarnations[name] += 1
+            try:
+                await self._launch(name)
+                return await self._catch_up(name)
+            except ActorLost as lost:
+                if attempt >= self.config.rollout.max_attempts and not self.well:
+                    self._lost[name] = lost.reason
+                    raise
+            await asyncio.sleep(PAUSE_SECONDS * min(attempt, 60))
 
     async def close(self) -> None:
         """End all actors and give their places back; no process stays behind. May be called twice."""
@@ -216,48 +229,66 @@ class ActorPool:
 
     # Weights -------------------------------------------------------------------------------------------------------
 
-    async def publish(self, weights: Snapshot | Broadcast | Any, wait: bool = False) -> Published:
-        """Make every actor serve these weights (a Snapshot, a Broadcast, or a Ray reference to a Snapshot).
+    async def publish(self, weights: Snapshot | Stored | Broadcast, wait: bool = False) -> Published:
+        """Make every actor serve these weights.
 
         Requests in flight go on under the new version; with `wait` they finish first. An actor that fails, refuses or
         misses `actors.publish_timeout` is stale: it gets no work until `replace`, and the others do not wait for it.
-        If no actor is left to serve them, this waits for replacements that do.
+        If no actor is left to serve them, this waits for the first replacement that does.
+
+        A Broadcast is for the members of the NCCL group. Those that it does not reach are stale and yet well: publish
+        the same version in another form, which is for all.
         """
+        broadcast = isinstance(weights, Broadcast)
         shared = weights if isinstance(weights, Broadcast) else self._host.share(weights)
         async with self._publishing:
             outcomes = await self._load_all(shared, wait)
-            refused = any(isinstance(outcome, Refused) for outcome in outcomes.values())
             published = self._agree(weights, outcomes)
+            refused = any(isinstance(outcome, Refused | Interrupted) for outcome in outcomes.values())
             if published.loaded or not refused:
-                self._weights = shared
+                self._weights, self._version = shared, weights.version
+            if (published.loaded or not refused) and not broadcast:
                 for name, reason in published.stale.items():
                     self._lose(name, self._handles.get(name), reason)
-        if published.loaded or refused or isinstance(weights, Broadcast):
+        if published.loaded or refused or broadcast:
             return published
-        failures = await asyncio.gather(*(self._renew(name) for name in self.names), return_exceptions=True)
-        pairs = zip(self.names, failures, strict=True)
-        return self._agree(weights, {name: failure or self._stats[name] for name, failure in pairs})
+        await self._revival()
+        return self._agree(weights, {name: self._stats[name] for name in self.well})
 
     async def _load_all(self, shared: Any, wait: bool) -> dict[str, Stats | BaseException]:
-        names = [name for name in self.names if name not in self._lost]
+        names = self.well
+        if isinstance(shared, Broadcast):
+            names = tuple(name for name in names if self._members.get(name) is self._handles[name])
         outcomes = await asyncio.gather(*(self._load(name, shared, wait) for name in names), return_exceptions=True)
         return dict(zip(names, outcomes, strict=True))
 
-    def _agree(self, weights: Any, outcomes: dict[str, Stats | BaseException]) -> Published:
-        """Who serves the version. Behind a reference the actors' own digests must agree: the most common one counts."""
+    def _agree(self, weights: Snapshot | Stored | Broadcast, outcomes: dict[str, Stats | BaseException]) -> Published:
+        """Who serves the version. The digest of a Broadcast is known by those who have it: the most common one."""
         serving = {n: (o.version, o.digest) for n, o in outcomes.items() if isinstance(o, Stats)}
-        if isinstance(weights, Snapshot | Broadcast):
-            agreed = (weights.version, weights.digest)
+        if isinstance(weights, Broadcast):
+            digests = Counter(digest for version, digest in serving.values() if version == weights.version)
+            digest = max(digests, key=digests.__getitem__, default="")
         else:
-            agreed = next((pair for pair, _ in Counter(serving.values()).most_common(1)), (-1, ""))
-        loaded = tuple(name for name in outcomes if serving.get(name) == agreed)
+            digest = weights.digest
+        loaded = tuple(name for name in outcomes if serving.get(name) == (weights.version, digest))
         others = {n: f"it serves version {serving[n][0]}" if n in serving else str(o) for n, o in outcomes.items()}
-        stale = {n: reason for n, reason in {**self._lost, **others}.items() if n not in loaded}
-        return Published(*agreed, loaded, stale)
+        outside = dict.fromkeys(self.well, "it is not in the NCCL group")
+        stale = {n: reason for n, reason in {**outside, **self._lost, **others}.items() if n not in loaded}
+        return Published(weights.version, digest, loaded, stale)
+
+    async def _revival(self) -> None:
+        """Until one actor is well again, or no replacement has succeeded."""
+        pending = {self._renewal(name) for name in self._lost}
+        while pending and not self.well:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for renewal in done:
+                renewal.exception()  # says nothing new: its actor is still lost
 
     async def _load(self, name: str, shared: Any, wait: bool = False) -> Stats:
-        """Have one actor load weights. Raises ActorLost, or weights.Refused: then the actor itself is well."""
+        """Have one actor load weights. Raises ActorLost, weights.Refused or weights.Interrupted."""
         seconds, handle = self.config.actors.publish_timeout, self._handles[name]
+        if isinstance(shared, Broadcast):
+            seconds = shared.seconds + GRACE_SECONDS
         try:
             stats = await handle.call("publish", shared, wait, timeout=seconds)
         except (Gone, EngineFailed, TimeoutError) as error:
@@ -268,39 +299,63 @@ class ActorPool:
         return stats
 
     async def _catch_up(self, name: str) -> None:
-        """A new incarnation takes the weights that were published last, if any were; from then on it counts as well."""
-        while True:
-            last = shared = self._weights
-            if isinstance(last, Broadcast):  # the bytes went by; it is not in the group yet
-                if self.supply is None:
-                    raise ActorLost(name, self.incarnations[name], "it joins late, and `supply` provides no weights")
-                shared = self._host.share(await asyncio.wait_for(self.supply(), self.config.actors.publish_timeout))
-            async with self._publishing:
-                if self._weights is not last:
-                    continue  # a newer version was published meanwhile
-                if shared is not None:
-                    await self._load(name, shared)
-                del self._lost[name]
-                return
+        """A new incarnation takes the newest weights, if there were any; from then on it counts as well."""
+        try:
+            while True:
+                shared, version = await self._newest()
+                async with self._publishing:
+                    if version < self._version:
+                        continue  # a newer version was published meanwhile
+                    if shared is not None:
+                        await self._load(name, shared)
+                    del self._lost[name]
+                    return
+        except BaseException as error:
+            self._handles[name].kill()
+            if isinstance(error, Refused):
+                raise ActorLost(name, self.incarnations[name], f"it joined late and got no weights: {error}") from None
+            raise
+
+    async def _newest(self) -> tuple[Any, int]:
+        """Weights for a late joiner, and their version. After a Broadcast the learner is asked: the bytes went by.
+
+        It may be in the middle of a step and take its time; then the weights are those after that step.
+        """
+        if not isinstance(self._weights, Broadcast):
+            return self._weights, self._version
+        if self.supply is None:
+            raise RuntimeError("an actor joins after a Broadcast, and `supply` provides no weights")
+        stored = await self.supply()
+        return self._host.share(stored), stored.version
 
     @property
-    def world_size(self) -> int:
-        """Members of the NCCL group: learner rank 0 and every worker of every engine."""
-        return 1 + len(self.names) * self.config.actors.tensor_parallel
+    def connected(self) -> bool:
+        """Whether the NCCL group consists of exactly the actors that are well."""
+        return bool(self._members) and self._members == {name: self._handles[name] for name in self.well}
 
-    async def connect(self, address: str, port: int) -> None:
-        """Join the learner's NCCL group with all actors; learner rank 0 builds its NcclSender at the same time.
+    def disconnect(self) -> None:
+        """The NCCL group is of no use any more: `connect` before the next Broadcast."""
+        self._members = {}
 
-        A replacement leaves the group broken (`connected` is false): connect again before the next Broadcast. Raises
-        ActorLost.
+    def group_size(self, names: Sequence[str]) -> int:
+        """Members of an NCCL group: learner rank 0 and every worker of the engines of these actors."""
+        return 1 + len(names) * self.config.actors.tensor_parallel
+
+    async def connect(self, names: Sequence[str], address: str, port: int, seconds: float) -> str:
+        """Form the NCCL group of these actors and learner rank 0, which builds its NcclSender at the same time.
+
+        Returns "", or why there is no group. An actor that did not meet the others is as well as before.
         """
-        parallel = self.config.actors.tensor_parallel
+        parallel, size = self.config.actors.tensor_parallel, self.group_size(names)
+        members = {name: self._handles[name] for name in names}
         joins = (
-            self._call(name, "connect", address, port, 1 + i * parallel, self.world_size, timeout=CALL_SECONDS)
-            for i, name in enumerate(self.names)
+            self._call(name, "connect", address, port, 1 + i * parallel, size, seconds, timeout=seconds + GRACE_SECONDS)
+            for i, name in enumerate(names)
         )
-        await asyncio.gather(*joins)
-        self.connected = True
+        outcomes = await asyncio.gather(*joins, return_exceptions=True)
+        problems = [f"{n}: {brief(o)}" for n, o in zip(names, outcomes, strict=True) if isinstance(o, BaseException)]
+        self._members = {} if problems else members
+        return "; ".join(problems)
 
     # All actors ----------------------------------------------------------------------------------------------------
 
@@ -366,6 +421,11 @@ class _Meter:
         }
         self._tokens, self._busy, self._since = 0, 0.0, time.monotonic()
         return metrics
+
+
+def brief(reason: object) -> str:
+    """The last line of a reason, where a traceback says what went wrong."""
+    return str(reason).strip().rpartition("\n")[2]
 
 
 def _vllm(spec: EngineSpec) -> Engine:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.engine import EngineBroken, EngineSpec, Rejected, check_length, finished
-from actors.weights import Broadcast, Refused, Snapshot, verify
+from actors.weights import Broadcast, Interrupted, Refused, Snapshot, verify
 from core.schema import Completion, Group, GroupRequest, Sampling
 
 
@@ -57,6 +57,7 @@ class VLLMEngine:
         self._pending: dict[str, _Pending] = {}
         self._finished_tokens = 0
         self._layout: list[tuple[str, tuple[int, ...]]] = []  # names and shapes of the first snapshot
+        self._updates = 0  # changes of the weights, those that were interrupted too
 
     def add(self, request: GroupRequest) -> None:
         from vllm.exceptions import VLLMClientError
@@ -66,7 +67,7 @@ class VLLMEngine:
         self.abort([request.id])  # an older attempt of it that nobody waits for any more
         # The salt keeps apart the cached prefixes of different weights, also of those that cannot be evicted yet
         # because a request in flight holds them.
-        prompt = tokens_input(list(request.prompt.token_ids), cache_salt=f"v{self.version}")
+        prompt = tokens_input(list(request.prompt.token_ids), cache_salt=f"w{self._updates}")
         added = []
         try:
             for sample, (sampling, seed) in enumerate(_draws(request)):
@@ -121,14 +122,18 @@ class VLLMEngine:
 
     def update_weights(self, weights: Snapshot | Broadcast) -> str:
         self._check(weights)
+        self._updates += 1
+        self.version, self.digest = -1, ""  # nobody's, until all of them are there
         try:
-            self._receive(weights)
+            digest = self._receive(weights)
+        except Interrupted:
+            raise
         except Exception as error:
-            raise EngineBroken(f"loading weights of version {weights.version} stopped halfway: {error}") from error
+            raise EngineBroken(f"loading weights of version {weights.version} failed: {error}") from error
         self._llm.set_weight_version(str(weights.version))
         self._llm.reset_prefix_cache()
-        self.version, self.digest = weights.version, weights.digest
-        return self.digest
+        self.version, self.digest = weights.version, digest
+        return digest
 
     def _check(self, weights: Snapshot | Broadcast) -> None:
         """Raises Refused for weights that must not be loaded, before anything is touched."""
@@ -141,17 +146,19 @@ class VLLMEngine:
                 raise Refused(f"weights of version {weights.version}: other names or shapes than those before them")
             self._layout = layout
 
-    def _receive(self, weights: Snapshot | Broadcast) -> None:
-        from actors.vllm_weights import broadcast_info, snapshot_info
+    def _receive(self, weights: Snapshot | Broadcast) -> str:
+        from actors.vllm_nccl import broadcast_info
+        from actors.vllm_weights import snapshot_info
 
-        if isinstance(weights, Snapshot):
-            with snapshot_info(weights, self.spec.tensor_parallel) as info:
-                if self.spec.weight_transfer == "nccl":  # a late joiner, not yet in the learner's group
-                    self._llm.collective_rpc("load_snapshot", args=(info,))
-                else:
-                    self._update(info)
-        else:
+        if isinstance(weights, Broadcast):
             self._update(broadcast_info(weights))
+            return agreed(weights.version, self._llm.collective_rpc("received"))
+        with snapshot_info(weights, self.spec.tensor_parallel) as info:
+            if self.spec.weight_transfer == "nccl":  # not by way of the learner's group
+                self._llm.collective_rpc("load_snapshot", args=(info,))
+            else:
+                self._update(info)
+        return weights.digest
 
     def _update(self, info: dict[str, Any]) -> None:
         """vLLM's own sequence."""
@@ -159,9 +166,11 @@ class VLLMEngine:
         self._llm.collective_rpc("update_weights", kwargs={"update_info": info})
         self._llm.collective_rpc("finish_weight_update")
 
-    def connect(self, address: str, port: int, rank: int, world_size: int) -> None:
+    def connect(self, address: str, port: int, rank: int, world_size: int, seconds: float) -> None:
         info = {"master_address": address, "master_port": port, "rank_offset": rank, "world_size": world_size}
-        self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {**info, "packed": True}})
+        problems = [problem for problem in self._llm.collective_rpc("join_group", args=(info, seconds)) if problem]
+        if problems:
+            raise Refused(f"the NCCL group was not joined: {problems[0]}")
 
     def close(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -170,9 +179,21 @@ class VLLMEngine:
         cleanup_dist_env_and_memory()
 
 
+def agreed(version: int, outcomes: list[tuple[str, str]]) -> str:
+    """The digest that all workers of an engine have received. Raises Interrupted, or ValueError if they differ."""
+    if problems := [problem for _, problem in outcomes if problem]:
+        raise Interrupted(f"the broadcast of version {version} was interrupted: {problems[0]}")
+    digests = {digest for digest, _ in outcomes}
+    if len(digests) > 1:
+        raise ValueError("its workers received different weights")
+    return digests.pop()
+
+
 def _engine_args(spec: EngineSpec):
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import EngineArgs
+
+    from actors.vllm_nccl import NAME
 
     cpu = spec.device == "cpu"
     return EngineArgs(
@@ -197,7 +218,7 @@ def _engine_args(spec: EngineSpec):
         # A step scheduled ahead would run on the old weights and be labelled with the new version.
         async_scheduling=False,
         disable_log_stats=True,
-        weight_transfer_config=WeightTransferConfig(backend=spec.weight_transfer),
+        weight_transfer_config=WeightTransferConfig(backend=NAME if spec.weight_transfer == "nccl" else "object_store"),
         worker_extension_cls="actors.vllm_weights.WorkerExtension",
     )
 

@@ -1,8 +1,7 @@
-"""The two ends of a weight transfer inside vLLM's own weight-transfer API.
+"""How new weights enter a vLLM worker, by way of vLLM's own weight-transfer API.
 
-Receiving: `ObjectStoreTransfer`, a backend of ours that vLLM workers find under the name `object_store` (importing this
-module registers it; workers import it because it holds their `worker_extension_cls`). For GPUs vLLM's `nccl` backend
-receives, and `NcclSender` is its counterpart on learner rank 0.
+`ObjectStoreTransfer` is a backend of ours that takes a Snapshot; `actors.vllm_nccl` receives from GPU to GPU. Importing
+this module registers both under their names; workers import it because it holds their `worker_extension_cls`.
 """
 
 from __future__ import annotations
@@ -10,19 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
-    ParamMeta,
-    WeightSource,
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
@@ -30,7 +26,9 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from actors.weights import Broadcast, Snapshot
+from actors.vllm_nccl import NAME as NCCL
+from actors.vllm_nccl import NcclReceiver
+from actors.weights import Snapshot, check_complete
 
 
 @dataclass
@@ -71,9 +69,7 @@ class ObjectStoreTransfer(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdat
         if update_info.path:
             weights = replace(weights, buffer=np.memmap(update_info.path, dtype=np.uint8, mode="r"))
         loaded = self.model.load_weights((name, t.to(self.device)) for name, t in weights.tensors())
-        missing = self._parameters - (loaded if loaded is not None else self._parameters)
-        if missing:  # they would keep the values of an older version, silently
-            raise ValueError(f"the weights lack {len(missing)} of the model's parameters, like {sorted(missing)[:3]}")
+        check_complete(self._parameters, self._parameters if loaded is None else loaded)
 
     def finish_weight_update(self) -> None:
         with _quiet():
@@ -87,13 +83,14 @@ class ObjectStoreTransfer(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdat
         """Nothing is held."""
 
 
-if "object_store" not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine("object_store", ObjectStoreTransfer)
+for name, backend in {"object_store": ObjectStoreTransfer, NCCL: NcclReceiver}.items():
+    if name not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(name, backend)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without vLLM's warning for each layer without weights (rotary tables, tied heads): `missing` above knows more."""
+    """Without vLLM's warning for each layer without weights (rotary tables, tied heads): we check ourselves."""
     logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -107,7 +104,7 @@ class WorkerExtension:
     """Part of every vLLM worker (`worker_extension_cls`); that is also how the workers come to import this module."""
 
     def load_snapshot(self, info: dict[str, Any]) -> None:
-        """Load a snapshot whatever the configured transfer is: an actor that joins late is in no NCCL group yet."""
+        """Load a snapshot whatever the configured transfer is: with NCCL, late joiners and failures come this way."""
         transfer = ObjectStoreTransfer(
             self.vllm_config.weight_transfer_config, self.vllm_config, self.device, self.model_runner.get_model()
         )
@@ -115,6 +112,18 @@ class WorkerExtension:
             transfer.start_weight_update()
             transfer.update_weights(info)
             transfer.finish_weight_update()
+
+    def join_group(self, info: dict[str, Any], seconds: float) -> str:
+        """Join the learner's NCCL group; "", or why not: an exception would count as a failure of the worker."""
+        try:
+            self.weight_transfer_engine.join(info, seconds)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def received(self) -> tuple[str, str]:
+        """(digest, "") of the last broadcast, or ("", why it was interrupted)."""
+        return self.weight_transfer_engine.outcome
 
 
 @contextmanager
@@ -128,61 +137,3 @@ def snapshot_info(weights: Snapshot, processes: int) -> Iterator[dict[str, Any]]
         weights.buffer.tofile(file)
         file.flush()
         yield {"snapshot": replace(weights, buffer=np.empty(0, np.uint8)), "path": file.name}
-
-
-def broadcast_info(weights: Broadcast) -> dict[str, Any]:
-    """What `update_weights` of workers in an NCCL group takes."""
-    names, dtypes, shapes = zip(*weights.manifest, strict=True)
-    return {"names": list(names), "dtype_names": list(dtypes), "shapes": [list(shape) for shape in shapes]}
-
-
-class NcclSender:
-    """Learner rank 0's end of the NCCL group; every engine calls `Engine.connect` while this is constructed.
-
-    `manifest` fixes order, dtypes and shapes of all later sends: `Broadcast.manifest`.
-    """
-
-    def __init__(self, address: str, port: int, world_size: int, manifest: Broadcast) -> None:
-        """Blocks until all `world_size` - 1 workers of all engines have joined."""
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
-
-        self._source = _Stream(manifest)
-        info = NCCLTrainerInitInfo(rank=0, master_address=address, master_port=port, world_size=world_size)
-        self._engine = NCCLTrainerWeightTransferEngine.trainer_init(info, client=_Elsewhere(), source=self._source)
-
-    def send(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Broadcast one version, while every engine is inside `update_weights(Broadcast(...))`."""
-        self._source.tensors = named_tensors
-        self._engine.send_weights()
-
-    def close(self) -> None:
-        """Leave the group."""
-        self._engine.shutdown()
-
-
-class _Stream(WeightSource):
-    """The learner's (name, tensor) pairs as vLLM wants them: announced first, then on the GPU in that dtype."""
-
-    def __init__(self, manifest: Broadcast) -> None:
-        self._metas = [ParamMeta(name, getattr(torch, dtype), shape) for name, dtype, shape in manifest.manifest]
-        self.tensors: Iterable[tuple[str, torch.Tensor]] = ()
-
-    def metadata(self) -> list[ParamMeta]:
-        return self._metas
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        dtypes = {meta.name: meta.dtype for meta in self._metas}
-        for name, tensor in self.tensors:
-            yield name, tensor.detach().to(device="cuda", dtype=dtypes.get(name, tensor.dtype))
-
-
-class _Elsewhere:
-    """vLLM's trainer wants to tell the engines what to do; here the driver tells them, at the same time."""
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
-
-    def start_weight_update(self) -> None: ...
-
-    def update_weights(self, update_info: Any) -> None: ...
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None: ...

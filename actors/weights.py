@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,11 @@ ALIGNMENT = 64  # bytes: every tensor starts where any dtype may start
 
 
 class Refused(Exception):
-    """Weights that were not loaded. The version that served before serves on."""
+    """Weights that were not loaded, or a group that was not joined. The version that served before serves on."""
+
+
+class Interrupted(Exception):
+    """A broadcast ended halfway. The engine samples nothing until it has whole weights again; it may be given them."""
 
 
 class Entry(NamedTuple):
@@ -63,6 +67,15 @@ class Snapshot:
             yield entry.name, flat.view(getattr(torch, entry.dtype)).view(entry.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A Snapshot in an object store: what must be known of it without fetching its bytes."""
+
+    version: int
+    digest: str
+    reference: Any
+
+
 Layout = tuple[tuple[str, str, tuple[int, ...]], ...]  # (name, dtype, shape) in the order of sending
 
 
@@ -70,15 +83,12 @@ Layout = tuple[tuple[str, str, tuple[int, ...]], ...]  # (name, dtype, shape) in
 class Broadcast:
     """Says that the learner is about to send this version over NCCL; the bytes do not pass here.
 
-    `digest` covers version, names, dtypes and shapes: NCCL is trusted for the bytes.
+    Their digest (see Checksum) is known to both ends when they have passed.
     """
 
     version: int
-    manifest: Layout
-
-    @property
-    def digest(self) -> str:
-        return "nccl:" + hashlib.sha256(repr((self.version, self.manifest)).encode()).hexdigest()
+    layout: Layout
+    seconds: float = 300.0  # after which a receiver gives up
 
 
 def snapshot(named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, dtype: str | None = None) -> Snapshot:
@@ -121,6 +131,60 @@ def verify(weights: Snapshot) -> None:
             f"weights of version {weights.version}: their sha256 is {digest.hexdigest()[:12]}..., not the promised "
             f"{weights.digest[:12]}...; they changed on the way, send them again"
         )
+
+
+def check_complete(parameters: Set[str], loaded: Set[str]) -> None:
+    """Raises ValueError for parameters without weights: they would keep the values of an older version, silently."""
+    if missing := parameters - loaded:
+        raise ValueError(f"the weights lack {len(missing)} of the model's parameters, like {sorted(missing)[:3]}")
+
+
+class Checksum:
+    """A digest of tensors that pass by, computed on their own device. Both ends of a broadcast compare theirs.
+
+    Of each tensor it takes sum over i of (2 i + 1) x_i modulo 2^64, x_i being the bits of element i: the same in
+    whatever order a device adds, and another one if an element changes or two elements change places. It finds
+    accidents and would not stop an adversary.
+    """
+
+    def __init__(self) -> None:
+        self._headers: list[tuple[str, str, tuple[int, ...]]] = []
+        self._sums: list[torch.Tensor] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """The next tensor; nothing waits for the device here."""
+        self._headers.append((name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
+        self._sums.append(_weighted_sum(tensor))
+
+    def sums(self) -> torch.Tensor:
+        """[8 * tensors] uint8: a number for each tensor, in the order of adding."""
+        import torch
+
+        if any(each.is_cuda for each in self._sums):
+            torch.cuda.synchronize()  # they were computed on several streams, which do not wait for each other
+        return torch.stack(self._sums).view(torch.uint8)
+
+    def digest(self) -> str:
+        """Of names, dtypes, shapes and bytes of all tensors in their order."""
+        text = repr(self._headers).encode() + self.sums().cpu().numpy().tobytes()
+        return "nccl:" + hashlib.sha256(text).hexdigest()
+
+
+BLOCK = 1 << 22  # elements that are widened to 8 bytes at once
+
+
+def _weighted_sum(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    flat = tensor.detach().reshape(-1)
+    # Never wider than the elements: received tensors lie packed, where nothing aligns them to more.
+    bits = flat.view({1: torch.int8, 2: torch.int16}.get(flat.element_size(), torch.int32))
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), BLOCK):
+        block = bits[start : start + BLOCK].to(torch.int64)
+        places = torch.arange(start, start + len(block), device=bits.device)
+        total += (block * (2 * places + 1)).sum()
+    return total
 
 
 def _add(digest: hashlib._Hash, entry: Entry, piece: np.ndarray) -> None:

@@ -1,19 +1,21 @@
 """New weights, from the learner to every actor, verified. The one place that knows both pools.
 
 Learner rank 0 runs the callables below on its tensors: `PutSnapshot` leaves them in Ray's object store, from which
-every machine fetches them once; `SendNccl` broadcasts them from GPU to GPU.
+every machine fetches them once; `SendNccl` broadcasts them from GPU to GPU. In a broadcast one member that is lost or
+late holds up all others: then this version goes through the object store, where each actor is on its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from actors.pool import ActorPool
-from actors.weights import Broadcast, snapshot
+from actors.pool import CALL_SECONDS, ActorPool, brief
+from actors.weights import Broadcast, Layout, Stored, layout, snapshot
 from learner.pool import LearnerPool
 
 Tensors = Iterator[tuple[str, Any]]
@@ -26,104 +28,151 @@ class HandoffFailed(RuntimeError):
 class Handoff:
     """`await handoff(version)` returns when every actor that is well serves the learner's weights as `version`.
 
-    Actors that refused or were late are lost: they are replaced where their loss is dealt with.
+    Actors that failed or were late are lost: they are replaced, and catch up, where their loss is dealt with. Each of
+    the two ways has `actors.publish_timeout`; the object store is the second one, taken when the first has failed.
     """
 
-    def __init__(self, learner: LearnerPool, actors: ActorPool) -> None:
-        self._learner, self._actors, self._version = learner, actors, 0
-        self._manifest: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
-        actors.supply = self._put  # an actor that joins an NCCL group late gets its weights this way
+    def __init__(self, learner: LearnerPool, actors: ActorPool, say: Callable[[str], None] = print) -> None:
+        self._learner, self._actors, self._say = learner, actors, say
+        self._layout: Layout = ()
+        actors.supply = self._put  # for an actor that joins after a broadcast
 
     async def __call__(self, version: int) -> None:
-        """Raises HandoffFailed when no actor serves the version, or the digests differ."""
-        self._version = version
+        """Raises HandoffFailed when no actor serves the version, or the learner is at another one."""
         if self._actors.spec.weight_transfer == "nccl":
-            await self._broadcast(version)
-            return
-        reference, digest = await self._pack()
-        published = await self._actors.publish(reference)
+            problem = await self._broadcast(version)
+            if not problem:
+                return
+            self._say(f"weights of version {version} go through the object store, not over NCCL: {problem}")
+        stored = await self._put()
+        if stored.version != version:
+            raise HandoffFailed(f"version {version} was to be published, and the learner is at {stored.version}")
+        published = await self._actors.publish(stored)
         if not published.loaded:
             raise HandoffFailed(f"no actor serves version {version}: {published.stale}")
-        if published.digest != digest:
-            raise HandoffFailed(
-                f"version {version}: the actors serve weights with digest {published.digest[:12]}..., "
-                f"the learner has {digest[:12]}..."
-            )
 
-    async def _pack(self) -> tuple[Any, str]:
-        (reference,), digest = await self._learner.export(PutSnapshot(self._version, self._actors.spec.dtype))
-        return reference, digest
+    async def _put(self) -> Stored:
+        return await self._learner.export(PutSnapshot(self._actors.spec.dtype))
 
-    async def _put(self) -> Any:
-        return (await self._pack())[0]
+    async def _broadcast(self, version: int) -> str:
+        """Empty when every actor that is well serves the version; else why not, and the group is given up."""
+        end = time.monotonic() + self._actors.config.actors.publish_timeout
+        problem = "" if self._actors.connected else await self._connect(end)
+        problem = problem or await self._send(version, end - time.monotonic())
+        if problem:
+            self._actors.disconnect()
+        return problem
 
-    async def _broadcast(self, version: int) -> None:
-        if not self._actors.connected:
-            self._manifest, address, port = await self._learner.export(Announce(self._actors.spec.dtype))
-            join = JoinNccl(address, port, self._actors.world_size, Broadcast(version, self._manifest))
-            await asyncio.gather(self._learner.export(join), self._actors.connect(address, port))
-        message = Broadcast(version, self._manifest)
-        _, published = await asyncio.gather(self._learner.export(send_nccl), self._actors.publish(message))
-        if not published.loaded:
-            raise HandoffFailed(f"no actor serves version {version}: {published.stale}")
+    async def _connect(self, end: float) -> str:
+        names = self._actors.well
+        if not names:
+            return "no actor is well"
+        if not self._layout:
+            self._layout = await self._learner.export(Announce(self._actors.spec.dtype))
+        address, port = await self._learner.ask(meeting_point)
+        seconds = min(CALL_SECONDS, end - time.monotonic())
+        join = JoinNccl(address, port, self._actors.group_size(names), self._layout, seconds)
+        ours, theirs = await asyncio.gather(
+            self._learner.ask(join), self._actors.connect(names, address, port, seconds)
+        )
+        return "; ".join(filter(None, (ours, theirs)))
+
+    async def _send(self, version: int, seconds: float) -> str:
+        message = Broadcast(version, self._layout, seconds)
+        (digest, problem), published = await asyncio.gather(
+            self._learner.export(SendNccl(version, seconds)), self._actors.publish(message)
+        )
+        if problem:
+            return problem
+        reasons = {name: brief(reason) for name, reason in published.stale.items()}
+        without = {name: reason for name, reason in reasons.items() if name in self._actors.well}
+        if without or not published.loaded:
+            return f"not received: {without or reasons}"
+        return "" if published.digest == digest else "the actors have received other weights than the learner has sent"
 
 
 @dataclass(frozen=True)
 class PutSnapshot:
     """Pack the tensors in the engines' dtype and leave them in Ray's object store."""
 
-    version: int
     dtype: str
 
-    def __call__(self, tensors: Tensors) -> tuple[list[Any], str]:
-        """([reference], digest). The list keeps Ray from fetching the bytes to the driver."""
+    def __call__(self, tensors: Tensors, version: int) -> Stored:
+        """The bytes stay on the learner's machine until an actor asks for them."""
         import ray
 
-        weights = snapshot(tensors, self.version, self.dtype)
-        return [ray.put(weights)], weights.digest
+        weights = snapshot(tensors, version, self.dtype)
+        return Stored(version, weights.digest, ray.put(weights))
 
 
 @dataclass(frozen=True)
 class Announce:
-    """What will be broadcast, and where the actors can meet rank 0."""
+    """What will be broadcast."""
 
     dtype: str
 
-    def __call__(self, tensors: Tensors) -> tuple[tuple[tuple[str, str, tuple[int, ...]], ...], str, int]:
-        """(manifest, address, port)."""
-        import ray
+    def __call__(self, tensors: Tensors, version: int) -> Layout:
+        """It is the same for every version."""
+        return layout(tensors, self.dtype)
 
-        manifest = tuple(
-            (name, self.dtype if t.is_floating_point() else str(t.dtype).removeprefix("torch."), tuple(t.shape))
-            for name, t in tensors
-        )
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return manifest, ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+def meeting_point() -> tuple[str, int]:
+    """Where the actors can meet learner rank 0: its address, and a port that is free."""
+    import ray
+
+    import actors.vllm_nccl  # noqa: F401 - this takes seconds; better now than while the actors wait
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
 
 @dataclass(frozen=True)
 class JoinNccl:
-    """Make rank 0 the sender of a new NCCL group; blocks until all engines have joined."""
+    """Make learner rank 0 the sender of a new NCCL group."""
 
     address: str
     port: int
     world_size: int
-    message: Broadcast
+    layout: Layout
+    seconds: float
 
-    def __call__(self, tensors: Tensors) -> None:
-        """The tensors are not touched."""
-        from actors.vllm_weights import NcclSender
+    def __call__(self) -> str:
+        """Empty when all have joined, else why not: an exception would be the end of the rank."""
+        from actors.vllm_nccl import NcclSender
 
+        _leave()
         global _sender
-        if _sender is not None:
-            _sender.close()
-        _sender = NcclSender(self.address, self.port, self.world_size, self.message)
+        try:
+            _sender = NcclSender(self.address, self.port, self.world_size, self.layout, self.seconds)
+        except Exception as error:
+            return f"the learner could not join: {type(error).__name__}: {error}"
+        return ""
+
+
+@dataclass(frozen=True)
+class SendNccl:
+    """Broadcast the tensors to all engines."""
+
+    version: int
+    seconds: float
+
+    def __call__(self, tensors: Tensors, version: int) -> tuple[str, str]:
+        """(digest, "") or, with the group left, ("", what went wrong)."""
+        try:
+            if version != self.version:
+                raise ValueError(f"the learner is at version {version}")
+            return _sender.send(tensors, self.seconds), ""
+        except Exception as error:
+            _leave()
+            return "", f"the learner could not send: {type(error).__name__}: {error}"
 
 
 _sender: Any = None  # lives in learner rank 0's process between the steps, as its NCCL group does
 
 
-def send_nccl(tensors: Tensors) -> None:
-    """Broadcast the tensors to all engines."""
-    _sender.send(tensors)
+def _leave() -> None:
+    global _sender
+    if _sender is not None:
+        _sender.close()
+    _sender = None

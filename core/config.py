@@ -122,7 +122,7 @@ class ActorsConfig(Section):
     silence_timeout: PositiveFloat = 120.0
     """Seconds without a sign of life after which an actor is presumed dead and replaced."""
     publish_timeout: PositiveFloat = 300.0
-    """Seconds an actor may take to verify and load a new version."""
+    """Seconds an actor may take to verify and load a new version; over NCCL, joining and the broadcast together."""
 
 
 class RewardsConfig(Section):

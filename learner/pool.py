@@ -2,7 +2,8 @@
 
     pool = await LearnerPool.start(config, run_dir)
     result = await pool.step(groups, version)
-    answer = await pool.export(visit)     # visit is sent to rank 0 and runs there
+    answer = await pool.export(visit)     # visit(tensors, version) is sent to rank 0 and runs there
+    answer = await pool.ask(work)         # so is work(), and the other ranks are left alone
     await pool.save(folder); await pool.load(folder); await pool.close()
 
 Ray must be initialised. Every call has the deadline `learner.timeout`; a rank that dies or stays silent is a
@@ -31,9 +32,10 @@ from core.config import RunConfig
 from core.errors import UserError
 from core.schema import Group
 from learner.learner import Learner, StepResult
-from learner.ranks import Ranks
+from learner.ranks import Ranks, own_device
 
 Result = TypeVar("Result")
+Visit = Callable[[Iterator[tuple[str, Tensor]], int], Result]
 
 LAST_LINES = 20
 # When a rank dies, its peers fail too, in a collective. Waiting this long for them shows who died and who only noticed.
@@ -89,9 +91,16 @@ class LearnerPool:
         results = await self._call("step", self.workers, "run", "step", ray.put(list(groups)), version)
         return results[0]
 
-    async def export(self, visit: Callable[[Iterator[tuple[str, Tensor]]], Result]) -> Result:
-        """`Learner.export` on all ranks; `visit` runs on rank 0 and its result comes back."""
-        return (await self._call("export the weights", self.workers, "run", "export", visit))[0]
+    async def export(self, visit: Visit[Result]) -> Result:
+        """`Learner.export` on all ranks; `visit(tensors, version)` runs on rank 0 and its result comes back.
+
+        Only there is the version known: an export that is asked for during a step sees the weights after it.
+        """
+        return (await self._call("export the weights", self.workers, "export", visit))[0]
+
+    async def ask(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns in the process of rank 0, to which `visit` may have left something."""
+        return (await self._call("answer", self.workers[:1], "ask", work))[0]
 
     async def save(self, folder: Path) -> None:
         """`Learner.save` on all ranks."""
@@ -168,14 +177,18 @@ class _Worker:
 
     def build(self, config: RunConfig, address: str, device: str) -> None:
         torch.set_num_threads(config.learner.threads)
-        ranks = Ranks.join(
-            self.rank, config.learner.ranks, address, torch.device(device), timeout=config.learner.timeout
-        )
+        ranks = Ranks.join(self.rank, config.learner.ranks, address, own_device(device), timeout=config.learner.timeout)
         method = resolve(config.method, context={"max_tokens": config.rollout.max_tokens})
         self.learner = Learner(config, method, ranks=ranks, skipped=self.run_dir / "skipped")
 
     def run(self, method: str, *arguments: Any) -> Any:
         return getattr(self.learner, method)(*arguments)
+
+    def export(self, visit: Visit[Result]) -> Result | None:
+        return self.learner.export(lambda tensors: visit(tensors, self.learner.steps_done))
+
+    def ask(self, work: Callable[[], Result]) -> Result:
+        return work()
 
     def steps_done(self) -> int:
         return self.learner.steps_done

@@ -22,7 +22,10 @@ class Ranks:
 
     @classmethod
     def join(cls, rank: int, world: int, address: str, device: torch.device, timeout: float) -> Ranks:
-        """Meet the other ranks at `address` (tcp://host:port, rank 0 listens). Raises after `timeout` seconds."""
+        """Meet the other ranks at `address` (tcp://host:port, rank 0 listens). Raises after `timeout` seconds.
+
+        A GPU must have an index (`own_device`); NCCL binds to it at the first collective, so no `device_id` is passed.
+        """
         if device.type == "cuda":
             torch.cuda.set_device(device)
         patience = timedelta(seconds=timeout)
@@ -55,6 +58,12 @@ class Ranks:
         return values
 
 
+def own_device(kind: str) -> torch.device:
+    """The device of one rank: Ray shows each of its processes only the GPU that it has lent to it."""
+    return torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
+
+
 def _backend(device: torch.device) -> str:
-    # Checkpoints and counters are CPU tensors on a GPU machine too, so both backends are there.
+    # Checkpoints and counters are CPU tensors on a GPU machine too, so both backends are there; torch sends objects and
+    # barriers through the CPU's.
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -12,7 +12,7 @@ import pytest
 
 from actors.actor import EngineFailed, RolloutActor
 from actors.engine import EngineSpec, FakeEngine
-from actors.weights import Refused, snapshot
+from actors.weights import Broadcast, Interrupted, Refused, snapshot
 from core.schema import GroupRequest, Prompt, Sampling
 
 SPEC = EngineSpec(model="", max_model_len=64)
@@ -152,3 +152,39 @@ def test_aborted_requests_send_nothing(start):
     actor.abort(["a"])
     assert [g.id for g in collect(actor, 1)] == ["b"]
     assert actor.poll(0.1).stats.running == 0
+
+
+class Torn(FakeEngine):
+    """Every broadcast ends halfway; a step on what that leaves behind is an error."""
+
+    def update_weights(self, weights):
+        if isinstance(weights, Broadcast):
+            self.version, self.digest = -1, ""
+            raise Interrupted("not all of it came")
+        return super().update_weights(weights)
+
+    def step(self):
+        assert self.version >= 0
+        return super().step()
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_after_an_interrupted_broadcast_nothing_is_sampled_until_whole_weights_come(wait):
+    actor = RolloutActor("actor-0", 0, SPEC, functools.partial(Torn, latency=0.05))
+    try:
+        actor.submit([request("before", seeds=(6,))])
+        while actor.status().tokens < 2:
+            time.sleep(0.001)
+        with pytest.raises(Interrupted, match="not all of it came"):
+            actor.publish(Broadcast(1, ()))
+        actor.submit([request("after", seeds=(0,))])
+        tokens = actor.status().tokens
+        assert actor.poll(0.2).groups == () and actor.status().tokens == tokens
+        assert actor.status().version == -1 and actor.status().stalled_seconds == 0
+        assert actor.publish(weights(1), wait).version == 1  # nothing has to be finished first: nothing can be
+        groups = {group.id: group for group in collect(actor, 2)}
+        versions = groups["before"].completions[0].versions
+        assert set(versions) == {0, 1} and list(versions) == sorted(versions)
+        assert groups["after"].completions[0].versions == (1, 1)
+    finally:
+        actor.close()

@@ -14,7 +14,7 @@ import pytest
 from actors.engine import FakeEngine
 from actors.placement import ThreadHost
 from actors.pool import ActorLost, ActorPool
-from actors.weights import snapshot
+from actors.weights import Broadcast, Interrupted, Refused, Stored, snapshot
 from core.errors import UserError
 from core.loading import parse_config
 from core.schema import GroupRequest, Prompt, Sampling
@@ -226,6 +226,147 @@ def test_a_publish_with_no_actor_left_waits_for_replacements(tmp_path):
 
     published, incarnation, version = with_pool(tmp_path, scenario, FailsOnce(step=1), count=1)
     assert (published.loaded, incarnation, version) == (("actor-0",), 1, 1)
+
+
+def try_twice(pool) -> None:
+    rollout = pool.config.rollout.model_copy(update={"max_attempts": 2})
+    pool.config = pool.config.model_copy(update={"rollout": rollout})
+
+
+def test_a_place_where_replacements_fail_does_not_end_a_run_that_another_actor_serves(tmp_path, monkeypatch):
+    monkeypatch.setattr("actors.pool.PAUSE_SECONDS", 0.01)
+    starts = []
+
+    def make(spec):
+        starts.append(spec)
+        if 3 <= len(starts) <= 5:
+            raise OSError("no space left on device")
+        return FakeEngine(spec, latency=0.001, fail_at_step=3 if len(starts) == 1 else 0)
+
+    async def scenario(pool):
+        try_twice(pool)  # and three fail
+        groups = [group async for group in pool.run(requests(40))]
+        lost = next(name for name in pool.names if pool.incarnations[name])
+        await pool.replace(lost)
+        return groups, pool.incarnations[lost]
+
+    groups, incarnation = with_pool(tmp_path, scenario, make, max_num_seqs=4)
+    assert len(groups) == 40 and incarnation == 4
+
+
+def test_an_actor_that_cannot_be_replaced_is_given_up_when_no_other_is_well(tmp_path, monkeypatch):
+    monkeypatch.setattr("actors.pool.PAUSE_SECONDS", 0.01)
+    starts = []
+
+    def make(spec):
+        starts.append(spec)
+        if len(starts) > 1:
+            raise OSError("no space left on device")
+        return FakeEngine(spec, fail_at_step=1)
+
+    async def scenario(pool):
+        try_twice(pool)
+        await pool.submit("actor-0", requests(1))
+        with pytest.raises(ActorLost):
+            await pool.poll("actor-0", 5)
+        published = await pool.publish(weights(1))
+        assert published.loaded == () and "no space left" in published.stale["actor-0"]
+        with pytest.raises(ActorLost, match="no space left"):
+            await pool.replace("actor-0")
+
+    with_pool(tmp_path, scenario, make, count=1)
+    assert len(starts) == 5  # the first, and twice two replacements
+
+
+class Member(FakeEngine):
+    """An engine whose joining and receiving can be told to fail."""
+
+    problems: dict[str, Exception] = {}  # noqa: RUF012 - the test's
+
+    def connect(self, address, port, rank, world_size, seconds):
+        self.place = (rank, world_size)
+        if "connect" in self.problems:
+            raise self.problems["connect"]
+
+    def update_weights(self, weights):
+        if isinstance(weights, Broadcast) and "broadcast" in self.problems:
+            self.version = -1
+            raise self.problems["broadcast"]
+        return super().update_weights(weights)
+
+
+def members(tmp_path, scenario, problems: dict[int, dict[str, Exception]], **actors):
+    """`with_pool` of Members; `problems` by the number of the engine in the order of their start."""
+    made = []
+
+    def make(spec):
+        made.append(Member(spec))
+        made[-1].problems = problems.get(len(made) - 1, {})
+        return made[-1]
+
+    return with_pool(tmp_path, lambda pool: scenario(pool, made), make, **actors)
+
+
+async def lose(pool, name: str) -> None:
+    pool._lose(name, pool._handles[name], "killed")
+
+
+def test_a_group_is_formed_of_the_actors_that_are_well_and_is_broken_by_the_loss_of_one(tmp_path):
+    async def scenario(pool, made):
+        await lose(pool, "actor-1")
+        assert pool.well == ("actor-0", "actor-2") and not pool.connected
+        assert await pool.connect(pool.well, "host", 1, 5.0) == "" and pool.connected
+        places = sorted(engine.place for engine in made if hasattr(engine, "place"))
+        await pool.replace("actor-1")
+        assert not pool.connected  # one is well and no member
+        assert await pool.connect(pool.well, "host", 2, 5.0) == "" and pool.connected
+        await lose(pool, "actor-0")
+        assert not pool.connected
+        return places
+
+    # tensor_parallel 2: rank 0 is the learner's, then two for each engine
+    assert members(tmp_path, scenario, {}, count=3, tensor_parallel=2) == [(1, 5), (3, 5)]
+
+
+def test_an_actor_that_cannot_join_is_as_well_as_before(tmp_path):
+    async def scenario(pool, made):
+        problem = await pool.connect(pool.well, "host", 1, 5.0)
+        assert "not within 5 s" in problem and not pool.connected and pool.well == pool.names
+
+    members(tmp_path, scenario, {0: {"connect": Refused("not within 5 s")}})
+
+
+def test_a_broadcast_that_ends_halfway_loses_nobody_and_a_snapshot_mends_it(tmp_path):
+    async def scenario(pool, made):
+        await pool.connect(pool.well, "host", 1, 5.0)
+        halfway = await pool.publish(Broadcast(1, (), seconds=5.0))
+        assert len(halfway.loaded) == 1 and "cut off" in next(iter(halfway.stale.values()))
+        assert pool.well == pool.names
+        stored = Stored(1, weights(1).digest, weights(1))
+        mended = await pool.publish(stored)
+        assert mended.loaded == pool.names and mended.digest == stored.digest and mended.stale == {}
+
+    members(tmp_path, scenario, {0: {"broadcast": Interrupted("cut off")}})
+
+
+def test_an_actor_that_joins_after_a_broadcast_asks_the_learner_and_waits_for_its_step(tmp_path):
+    async def scenario(pool, made):
+        async def supply():
+            await asyncio.sleep(1.0)  # the learner is in a step, for longer than publish_timeout
+            return Stored(2, weights(2).digest, weights(2))
+
+        pool.supply = supply
+        await pool.connect(pool.well, "host", 1, 5.0)
+        await pool.publish(Broadcast(1, (), seconds=5.0))
+        await lose(pool, "actor-1")
+        replacing = asyncio.create_task(pool.replace("actor-1"))
+        await asyncio.sleep(0.2)
+        late = await pool.publish(Broadcast(1, (), seconds=5.0))  # the others do not wait for it
+        assert late.loaded == ("actor-0",)
+        await replacing
+        return (await pool.poll("actor-1", 0.05)).stats.version
+
+    assert members(tmp_path, scenario, {}, publish_timeout=0.5) == 2
 
 
 def test_a_pool_that_does_not_start_says_which_actor_and_why(tmp_path):

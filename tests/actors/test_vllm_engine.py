@@ -6,12 +6,13 @@ import copy
 import itertools
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from actors.engine import EngineSpec, Rejected
-from actors.weights import Broadcast, Refused, snapshot
+from actors.weights import Broadcast, Checksum, Interrupted, Refused, layout, snapshot
 from core.schema import Completion, Group, GroupRequest, Prompt, Sampling
 from tests.tiny import tiny_policy
 
@@ -264,6 +265,62 @@ def test_a_late_joiner_loads_a_snapshot_without_the_configured_transfer(engine, 
     engine._llm.reset_prefix_cache()
     assert worst(other, generate(engine, request("a"))["a"]) < TOLERANCE
     engine.update_weights(weights_of(model))
+
+
+@pytest.fixture
+def receiver(engine, monkeypatch):
+    """The engine takes broadcasts; what comes over the wire is what `receiver.comes` yields."""
+    from actors.vllm_nccl import NcclReceiver
+
+    def consumer(iterator, group, src, post_unpack_func, **_):
+        for part in receiver.comes:
+            post_unpack_func(part)
+
+    (worker,) = engine._llm.collective_rpc(lambda wrapper: wrapper.worker)
+    receiver = NcclReceiver(None, worker.vllm_config, worker.device, worker.model_runner.get_model())
+    monkeypatch.setattr(worker, "weight_transfer_engine", receiver)
+    receiver.packed, receiver.model_update_group = True, SimpleNamespace(destroy=lambda: None)
+    module = "vllm.distributed.weight_transfer.nccl_engine"
+    monkeypatch.setattr(f"{module}.packed_nccl_broadcast_consumer", consumer)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    monkeypatch.setattr(engine, "spec", replace(engine.spec, weight_transfer="nccl"))
+    return receiver
+
+
+def test_a_broadcast_that_stops_halfway_is_mended_by_a_snapshot(engine, model, receiver):
+    engine.update_weights(weights_of(model))
+    other = changed(model)
+    tensors = [(name, p.detach()) for name, p in other.named_parameters()]
+
+    def halfway():
+        cut = [name for name, _ in tensors].index("model.layers.1.self_attn.q_proj.weight") + 1
+        yield tensors[:cut]  # a third of what becomes one parameter in vLLM
+        raise RuntimeError("NCCL error: remote process exited")
+
+    with pytest.raises(Refused, match="the NCCL group was not joined"):
+        engine.connect("127.0.0.1", 1, rank=1, world_size=2, seconds=1.0)  # without a GPU
+    assert engine.version > 0
+    receiver.model_update_group = SimpleNamespace(destroy=lambda: None)
+    receiver.comes = halfway()
+    with pytest.raises(Interrupted, match=r"version 5 was interrupted: .*remote process exited"):
+        engine.update_weights(Broadcast(5, layout(tensors)))
+    assert (engine.version, engine.digest) == (-1, "")
+    engine.update_weights(after := weights_of(other))
+    assert engine.version == after.version and worst(other, generate(engine, request("a"))["a"]) < TOLERANCE
+
+
+def test_a_broadcast_is_served_with_the_digest_of_what_came(engine, model, receiver):
+    from actors.vllm_nccl import CHECKSUMS
+
+    tensors, checksum = [(name, p.detach()) for name, p in model.named_parameters()], Checksum()
+    for name, tensor in tensors:
+        checksum.add(name, tensor)
+    receiver.comes = [tensors[:3], tensors[3:], [(CHECKSUMS, checksum.sums())]]
+    assert engine.update_weights(Broadcast(6, layout(tensors))) == checksum.digest() == engine.digest
+    assert engine.version == 6 and engine._llm.get_weight_version() == "6"
+    # A head tied to the embedding is packed again after a snapshot only, which matters to CPU kernels only.
+    engine.update_weights(weights_of(model))
+    assert worst(model, generate(engine, request("a"))["a"]) < TOLERANCE
 
 
 def test_importing_the_folder_loads_no_heavy_library():

@@ -24,7 +24,7 @@ from alignlab.handoff import Handoff, HandoffFailed
 from core.loading import parse_config
 from core.schema import GroupRequest, Prompt, Sampling
 
-PATIENCE = 0.6  # publish_timeout
+PATIENCE = 2.0  # publish_timeout
 
 
 class Net:
@@ -197,7 +197,7 @@ def test_an_actor_that_dies_in_a_broadcast_costs_the_deadline_and_not_the_run(tm
         await learner.step()
         started = time.monotonic()
         await publish(1)
-        assert time.monotonic() - started < PATIENCE + 1.0
+        assert time.monotonic() - started < PATIENCE + 3.0
         assert pool.well == ("actor-0",) and serving(pool)["actor-0"][0] == 1
         assert engines[0].received == [Broadcast, Broadcast, Snapshot]
         await pool.replace("actor-1")
@@ -227,7 +227,7 @@ def test_requests_in_flight_survive_an_interrupted_broadcast(tmp_path, net):
 
 def test_an_actor_that_does_not_come_to_the_meeting_is_left_out_and_replaced(tmp_path, net):
     async def scenario(learner, pool, publish, engines):
-        engines[1].slow = 5.0
+        engines[1].slow = 6.0
         await publish(0)
         assert serving(pool) == {"actor-0": (0, False)}
         assert pool.well == ("actor-0",) and engines[0].received == [Snapshot]

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from actors.weights import verify
+from alignlab.handoff import PutSnapshot
 from core.errors import UserError
 from learner.pool import LearnerLost, LearnerPool
 from tests.learner import samples
@@ -39,16 +41,25 @@ def test_two_ranks_work_save_and_continue_and_a_dead_one_is_named(cluster: None,
         try:
             result = await pool.step(samples.groups(), version=0)
             assert result.metrics["optim/grad_norm"] > 0 and len(result.advantages) == 4
-            names = await pool.export(lambda tensors: [name for name, _ in tensors])
-            assert names[0] == "model.embed_tokens.weight"
+            # asked for during a step: the answer is of the weights after it, and says so
+            stepping = asyncio.create_task(pool.step(samples.groups(), version=1))
+            await asyncio.sleep(0)
+            names, version = await pool.export(lambda tensors, version: ([name for name, _ in tensors], version))
+            assert names[0] == "model.embed_tokens.weight" and version == 2
+            assert (await stepping).metrics["optim/grad_norm"] > 0
+            assert await pool.ask(os.getpid) == await pool.workers[0].pid.remote()
+            stored = await pool.export(PutSnapshot("bfloat16"))
+            weights = await stored.reference  # the bytes have stayed in the object store until now
+            verify(weights)
+            assert (stored.version, stored.digest) == (weights.version, weights.digest) and weights.version == 2
             (tmp_path / "checkpoint").mkdir()
             await pool.save(tmp_path / "checkpoint")
             assert (tmp_path / "checkpoint" / "model" / "model.safetensors").is_file()
-            assert await pool.load(tmp_path / "checkpoint") == 1
+            assert await pool.load(tmp_path / "checkpoint") == 2
 
             os.kill(await pool.workers[1].pid.remote(), signal.SIGKILL)
             with pytest.raises(LearnerLost, match="learner rank 1 died while it should step"):
-                await pool.step(samples.groups(), version=1)
+                await pool.step(samples.groups(), version=2)
         finally:
             await pool.close()
 
