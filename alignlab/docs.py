@@ -68,8 +68,8 @@ def metrics() -> str:
     """Every metric: meaning, healthy range, what to do when it leaves it."""
     head = (
         "# Metrics\n\n"
-        "A line a step and a line an evaluation in `metrics.jsonl`, the same names in TensorBoard. A value that does not exist (a mean over "
-        "nothing) is null, never 0.\n"
+        "A line a step and a line an evaluation in `metrics.jsonl`, the same names in TensorBoard. A value that does "
+        "not exist (a mean over nothing) is null, never 0.\n"
     )
     rows = dict(sorted(_metric_rows()))
     groups: dict[str, list[tuple[str, ...]]] = {}
