@@ -37,7 +37,9 @@ _LAST_NUMBER = re.compile(r"(?<![\w.^{])[-+]?\$?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d
 
 
 @rewards
-def math_answer(completion: str, *, gold_column: Column = "answer", extract: Extract = "marked", **columns: Any) -> Score:
+def math_answer(
+    completion: str, *, gold_column: Column = "answer", extract: Extract = "marked", **columns: Any
+) -> Score:
     r"""1 if the last \boxed{} (or `####`) answer equals the right one in `gold_column`, else 0.
 
     extract: boxed takes boxes only, marked also what follows `####`, any also the last number of the text.
