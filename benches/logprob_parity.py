@@ -53,15 +53,14 @@ def main(model: str, questions: str, prompts: int = 8, max_tokens: int = 64) -> 
 def _difference(config: RunConfig, groups: list[Group]) -> torch.Tensor:
     """|engine - learner| of every sampled token, [tokens]."""
     from algos.methods import resolve
-    from learner.collate import collate
     from learner.learner import Learner
 
     torch.set_num_threads(1)
-    learner = Learner(config, resolve({"row": "grpo", "kl": "none"}))
-    batch, sequences = collate(groups, torch.device("cpu"))
-    logprobs, _ = learner._without_gradient(learner.policy, sequences, batch.mask.shape[1])
+    logprobs, batch = Learner(config, resolve({"row": "grpo", "kl": "none"})).logprobs(groups)
     return (logprobs - batch.rollout_logprobs)[batch.mask].abs()
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))

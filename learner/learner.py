@@ -129,6 +129,11 @@ class Learner:
             self._metrics(totals, batch, factor, before, elapsed), [[next(each) for _ in g.completions] for g in groups]
         )
 
+    def logprobs(self, groups: Sequence[Group]) -> tuple[Tensor, Batch]:
+        """Log-probs [B, T] of the groups' completions under the present weights, and the batch they are laid out in."""
+        batch, sequences = collate(groups, self.ranks.device)
+        return self._without_gradient(self.policy, sequences, batch)[0], batch
+
     def _before(self, groups: Sequence[Group], version: int) -> tuple[Batch, Sequences]:
         """The step's batch with everything that is computed before its first update."""
         batch, sequences = collate(groups, self.ranks.device, self.components, self.config.data.baseline_column)

@@ -102,6 +102,12 @@ def test_a_row_trains_two_steps(task: Path, recorded: list[list[Group]], name: s
     assert not torch.equal(start, parameters(worker))
 
 
+def test_the_learner_finds_the_log_probs_that_the_engine_reported(task: Path, recorded: list[list[Group]]) -> None:
+    logprobs, batch = Learner(config(task), resolve("dapo")).logprobs([g for step in recorded for g in step])
+    assert batch.mask.sum() > 500
+    assert (logprobs - batch.rollout_logprobs)[batch.mask].abs().max() < 1e-4
+
+
 def test_the_record_tells_the_methods_apart(recorded: list[list[Group]]) -> None:
     """What the rows above are given: rewards of both kinds in most groups, greedy completions, real log-probs."""
     groups = [group for step in recorded for group in step]
