@@ -121,7 +121,7 @@ def reward(rewards: Tensor) -> Tensor:
 
 @advantages
 def tracker(rewards: Tensor, baselines: Tensor) -> Tensor:
-    """A_i = R_i - the prompt's running estimate, kept by whoever keeps state (SPO, arXiv 2509.13232)."""
+    """A_i = R_i - the prompt's running estimate, which a memory keeps (SPO, arXiv 2509.13232)."""
     return rewards - baselines
 
 

@@ -68,11 +68,14 @@ class Batch:
     divergence: Tensor | None = None  # [B, T] how far the group's next-token distributions are apart at this position
     prompts: tuple[str, ...] = ()  # of each row: a name of its prompt that is the same in every pass over the data
     version: int = 0  # weight version that this step starts from
+    moved: bool = False  # updates of this step lie between the old policy and the current one
     seed: int = 0  # of this step, for the parts that draw at random
 
     # What memories fill (`algos.memory`).
     entropy_coef: float | None = None  # of the entropy term; absent: the method's own
+    adapted_kl_coef: float | None = None  # of the KL term; absent: the method's own
     entropy_average: float | None = None  # nats per token
+    entropy_target: float | None = None  # nats per token
     tempering: float | None = None  # factor of the temperature for tempered_logprobs
 
     # What `advantages` fills.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
+from algos import coupled, pairs
 from algos.advantages import nft
 from algos.aggregation import aggregations
 from algos.covariance import clip_cov
@@ -12,7 +14,7 @@ from algos.grpo_guard import grpo_guard, grpo_guard_weight
 from algos.memory import fills
 from algos.method import Method
 from algos.sample_weights import by_loss, by_worst_case
-from algos.surrogates import ppo_clip
+from algos.surrogates import ppo_clip, reinforce
 from core.errors import UserError, nearest
 from core.registry import options_of
 
@@ -53,7 +55,7 @@ def _token_rewards_are_read(m: Method) -> str | None:
 
 def _components_are_plain(m: Method) -> str | None:
     apart = m.combine is not None and m.combine.option("reduce") is not None
-    if apart and (m.shaping or "rewards" not in m.advantage.inputs or "token_rewards" in m.advantage.inputs):
+    if apart and (m.shaping or "rewards" not in m.advantage.inputs or _per_token(m)):
         return "combine normalise_then_sum takes one outcome advantage per component: no shaping, no token rewards"
     return None
 
@@ -83,8 +85,7 @@ def _known_kl_mode(m: Method) -> str | None:
 
 
 def _rows_whiten_rows(m: Method) -> str | None:
-    per_token = {"token_rewards", "given_advantages"} & set(m.advantage.inputs)
-    if m.whiten and "per_row" in m.whiten.inputs and per_token:
+    if m.whiten and "per_row" in m.whiten.inputs and (_per_token(m) or "given_advantages" in m.advantage.inputs):
         return f"whiten {m.whiten.name} needs one advantage per row, {m.advantage.name} gives one per token; use token"
     return None
 
@@ -114,6 +115,8 @@ def _what_a_memory_fills_is_read(m: Method) -> str | None:
         return f"two memories fill {', '.join(sorted(twice))}; keep one of {', '.join(p.name for p in m.memory)}"
     if "entropy_coef" in filled and m.entropy is None:
         return "the memory adapts the coefficient of an entropy term that is none; set entropy: bonus"
+    if "adapted_kl_coef" in filled and (m.kl is None or m.hinged):
+        return "memory adaptive_kl adapts the coefficient of a KL term that is none or has a hinge; set kl: {coef: 0.1}"
     tempered = "tempered_logprobs" in m.advantage.inputs
     if tempered != ("tempering" in filled):
         return "advantage aepo and memory entropy_level go together; set both or none"
@@ -125,6 +128,44 @@ def _one_channel_is_whitened(m: Method) -> str | None:
     if several and (m.whiten or m.combine):
         return f"advantage {m.advantage.name} gives several channels: whiten and combine do not apply"
     return None
+
+
+def _per_token(m: Method) -> bool:
+    """The advantage has one number per token: such estimators need to know which tokens there are."""
+    return "mask" in m.advantage.inputs and not m.late_advantage
+
+
+def _given_completions_bring_no_rollout(m: Method) -> str | None:
+    if m.data == "rollouts":
+        return None
+    missing = sorted(m.needs & {"rollout", "versions", "greedy", "components", "answers", "tempered"})
+    if missing:
+        return f"data {m.data} has no {', '.join(missing)}, which a part of this method reads; leave that part out"
+    if m.filter:
+        return f"data {m.data} has no rewards that filter {m.filter.name} could judge; set filter: none"
+    if m.data == "demonstrations" and {"rewards", "token_rewards", "totals"} & set(m.advantage.inputs):
+        return f"demonstrations have no rewards, which advantage {m.advantage.name} reads; use demonstration"
+    return None
+
+
+def _regressions_keep_their_gradient(m: Method) -> str | None:
+    if (mode := REGRESSIONS.get(m.advantage.function)) is None:
+        return None
+    if m.surrogate.function is not reinforce or m.aggregation.name != mode:
+        return (
+            f"advantage {m.advantage.name} has the gradient of its loss under surrogate reinforce and aggregation "
+            f"{mode}; leave both as they are"
+        )
+    if (m.data == "preferences") != (m.advantage.function.__module__ == pairs.__name__):
+        return f"advantage {m.advantage.name} does not go with data {m.data}; pairs are data preferences"
+    return None
+
+
+# Late advantages that stand for a loss of whole groups -> the aggregation under which the gradient is that loss's.
+REGRESSIONS: dict[Callable[..., Any], str] = {
+    **{f: "seq_mean_token_sum" for f in (pairs.dpo, pairs.ipo, pairs.simpo, pairs.redi, coupled.gvpo, coupled.a_star)},
+    coupled.drpo: "seq_mean_token_mean",
+}
 
 
 def _losses_weigh_demonstrations(m: Method) -> str | None:
@@ -170,6 +211,8 @@ CHECKS: tuple[Check, ...] = (
     _a_token_reward_model_is_read,
     _what_a_memory_fills_is_read,
     _one_channel_is_whitened,
+    _given_completions_bring_no_rollout,
+    _regressions_keep_their_gradient,
     _losses_weigh_demonstrations,
     _covariance_rules_exclude_each_other,
     _guard_weight_has_its_ratio,

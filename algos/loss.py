@@ -27,7 +27,7 @@ from algos.critic import WithReturns, outcome_at_end
 from algos.groups import Groups
 from algos.memory import State
 from algos.method import Method
-from algos.metrics import mean_over, mismatch, update
+from algos.metrics import effective_share, mean_over, mismatch, update
 from algos.parts import Part, supply
 from algos.surrogates import bounds
 from core.registry import options_of
@@ -107,7 +107,7 @@ def normalise(method: Method, minibatch: Batch) -> Batch:
         mean_scale=token_mean,
         value_scale=token_mean,
         row_scale=judged / judged.sum().clamp(min=1),
-        kl_coef=scale.new_tensor(method.kl.option("coef")) if method.kl else None,
+        kl_coef=scale.new_tensor(_kl_coef(method.kl, minibatch)) if method.kl else None,
     )
 
 
@@ -133,12 +133,14 @@ def loss(
     if method.entropy:
         total = total - _entropy_bonus(method.entropy, rows, mask, entropy)
     metrics: dict[str, Any] = {**update(current, rows.ref_logprobs, entropy), **_clip_metrics(method, rows, current)}
+    if rows.moved and rows.old_logprobs is None:
+        del metrics["policy/kl_old"]  # nobody knows the old policy
     if method.value:
         total = total + _value_loss(method.value, rows, mask, values, metrics)
     if method.credit:
         total = total + _credit_loss(method.credit, rows, mask, token_scores, metrics)
-    if rows.old_logprobs is None and rows.rollout_logprobs is not None:  # else `advantages` has told
-        metrics |= mismatch(logprobs.detach(), rows.rollout_logprobs, mask, lag=rows.lag)
+    if rows.rollout_logprobs is not None and not rows.moved and "policy/mismatch_kl" not in rows.metrics:
+        metrics |= mismatch(logprobs.detach(), rows.rollout_logprobs, mask, rows.lag)
     if rows.token_weight is not None:
         metrics["policy/token_weight"] = mean_over(rows.token_weight.expand(mask.shape), mask)
     return LossOutput(total, metrics, select(mask, token_loss), policy, token_kl, kl)
@@ -166,6 +168,10 @@ def _with_channels(method: Method, batch: Batch, **current: Tensor) -> Batch:
     groups = Groups.of(batch.group, torch.where(_filled(batch.kept), 0.0, torch.nan))
     alive = groups.spread(groups.present)
     mask = _filled(batch.count_mask) if current else batch.mask
+
+    # What a completion is compared with may be missing too: then it cannot be judged, and its peers can.
+    for name in {"greedy_rewards", "baselines"} & set(method.advantage.inputs):
+        alive = alive & ~torch.isnan(_filled(getattr(batch, name)))
 
     def estimate(rewards: Tensor) -> Any:
         rewards = torch.where(alive, rewards, torch.full_like(rewards, torch.nan))
@@ -230,7 +236,9 @@ def _corrected(method: Method, batch: Batch, numerator: Tensor | None = None) ->
     counted = keep if method.denominator == "kept" else mask
     weight = method.correction(batch, **given) if method.correction else None
     share = mean_over(mask & ~keep, mask)
-    metrics = {**batch.metrics, "policy/rejected": share} if method.reject else batch.metrics
+    metrics = {**batch.metrics, "policy/rejected": share} if method.reject else dict(batch.metrics)
+    if weight is not None:
+        metrics["policy/ess"] = effective_share(weight, mask)
     return replace(batch, correction_weight=weight, loss_mask=keep, count_mask=counted, metrics=metrics)
 
 
@@ -250,13 +258,14 @@ def _step_metrics(batch: Batch) -> Metrics:
     kept = _filled(batch.kept)
     metrics = {"policy/filtered": mean_over(~kept, torch.ones_like(kept))}
     known = {"policy/entropy_coef": batch.entropy_coef, "policy/entropy_average": batch.entropy_average}
+    known["policy/kl_coef"] = batch.adapted_kl_coef
     metrics |= {name: (torch.tensor(value), torch.tensor(1.0)) for name, value in known.items() if value is not None}
     if batch.channels:
         silent = torch.stack([(c.advantages == 0).all(1) | (c.weight == 0) for c in batch.channels]).all(0)
         metrics["policy/silent"] = mean_over(silent, kept)
     if batch.rollout_logprobs is not None and batch.old_logprobs is not None:
         old, rollout, mask = batch.old_logprobs, batch.rollout_logprobs, _filled(batch.count_mask)
-        metrics |= mismatch(old, rollout, mask, batch.correction_weight, batch.lag)
+        metrics |= mismatch(old, rollout, mask, batch.lag)
     return metrics
 
 
@@ -303,6 +312,10 @@ def _kl(part: Part, rows: Batch, current: dict[str, Tensor]) -> tuple[Tensor, Te
         anchor = select(mask, _filled(rows.ref_logprobs)).to(anchor.dtype)
     token_kl = select(mask, part(rows, **current | {"kl_anchor_logprobs": anchor}))
     return token_kl, weighted_sum(token_kl, mask, _filled(rows.kl_scale))
+
+
+def _kl_coef(part: Part, batch: Batch) -> float:
+    return part.option("coef") if batch.adapted_kl_coef is None else batch.adapted_kl_coef
 
 
 def _entropy_bonus(part: Part, rows: Batch, mask: Tensor, entropy: Tensor | None) -> Tensor:

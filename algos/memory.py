@@ -18,6 +18,7 @@ from torch import Tensor
 
 from algos.aepo import EntropyAverage, entropy_estimate, sampling_temperature
 from algos.baselines import require_range
+from algos.batch import select
 from algos.entropy_control import EntropyCoefficient, LogEntropyCoefficient
 from algos.masked import masked_mean
 from core.registry import Registry
@@ -93,7 +94,29 @@ def log_entropy(
     return {"entropy_coef": coefficient.update(masked_mean(entropy, mask).item())}, coefficient.state_dict()
 
 
-@remembers("entropy_average", "tempering")
+@remembers("adapted_kl_coef")
+def adaptive_kl(
+    state: State,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    init: float = 0.04,
+    target: float = 0.1,
+    horizon: float = 10_000.0,
+) -> tuple[dict[str, Any], State]:
+    """beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon), n completions; used from this step on.
+
+    KL: mean over the tokens of log pi - log pi_ref of the policy before the step, nats; `target` likewise. Source:
+    Ziegler et al., arXiv 1909.08593; as in PPO trainers.
+    """
+    value = masked_mean(select(mask, old_logprobs) - select(mask, ref_logprobs), mask).item()
+    error = min(max(value / target - 1, -0.2), 0.2)
+    beta = state.get("beta", init) * (1 + error * mask.any(1).sum().item() / horizon)
+    return {"adapted_kl_coef": beta}, {"beta": beta}
+
+
+@remembers("entropy_average", "entropy_target", "tempering")
 def entropy_level(
     state: State,
     old_logprobs: Tensor,
@@ -113,4 +136,5 @@ def entropy_level(
         average.load_state_dict(state)
     level = average.update(entropy_estimate(old_logprobs, mask).item())
     chosen = sampling_temperature(level, entropy_target=entropy_target, t_high=t_high, t_low=t_low)
-    return {"entropy_average": level, "tempering": chosen}, average.state_dict()
+    filled = {"entropy_average": level, "entropy_target": entropy_target, "tempering": chosen}
+    return filled, average.state_dict()

@@ -198,8 +198,7 @@ ROWS: dict[str, Row] = {
         },
         "ReMax, arXiv 2310.10505",
         "A B num",
-        "kl_horizon to_go is the gradient of the penalised return; the authors' code is one_step. The greedy reward is "
-        "used as given: whoever fills it applies the same clip.",
+        "kl_horizon to_go is the gradient of the penalised return; the authors' code is one_step.",
     ),
     "ppo": Row(
         "GAE, whitened, PPO with dual clip, KL in the reward, a critic.",

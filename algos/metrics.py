@@ -122,6 +122,11 @@ METRICS = {
         "0 while the entropy is above its target",
         "at its upper bound for long: the bonus is too weak; raise the memory's `high`",
     ),
+    "policy/kl_coef": Metric(
+        "coefficient of the KL term that the method's memory chose for this step",
+        "settles",
+        "growing for long: the policy leaves the reference faster than `target` allows; lower the learning rate",
+    ),
     "policy/entropy_average": Metric(
         "running mean of -log pi over the sampled tokens, nats, as the method's memory keeps it",
         "near the method's entropy_target",
@@ -130,7 +135,7 @@ METRICS = {
     "critic/loss": Metric(
         "loss of the critic per valid token",
         "falls, then follows the spread of the returns",
-        "growing: lower learner.critic.optimizer.lr, or give it warmup_steps",
+        "growing: lower learner.critic.lr, or give it warmup_steps",
     ),
     "critic/unexplained": Metric(
         "mean squared difference of returns and values over valid tokens",
@@ -187,14 +192,12 @@ def mismatch(
     old_logprobs: Tensor,
     rollout_logprobs: Tensor,
     mask: Tensor,
-    weight: Tensor | None = None,
     lag: Tensor | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """How far the engine that sampled is from the learner before the step, d = old - rollout; all [B, T].
 
-    `weight` [B, T] or [B, 1] are correction weights; they add `policy/ess`. `lag` [B, T] int64 are the updates between
-    a token's weights and the step; they add the KL and the moments of the ratio by lag. Counts are tokens, or rows with
-    tokens.
+    `lag` [B, T] int64 are the updates between a token's weights and the step; they add the KL and the moments of the
+    ratio by lag. Counts are tokens, or rows with tokens.
     """
     old, rollout = select(mask, old_logprobs).double(), select(mask, rollout_logprobs).double()
     d = (old - rollout).clamp(-20, 20)
@@ -212,11 +215,14 @@ def mismatch(
     for n in lag[mask].unique().tolist() if lag is not None and select(mask, lag).any() else ():
         members = mask & (lag == n)
         metrics |= {f"policy/mismatch_kl_lag_{n}": mean_over(k3(-d), members), **_moments(d, members, f"_lag_{n}")}
-    if weight is not None:
-        w = select(mask, weight.expand(mask.shape)).double()
-        share = w.sum() ** 2 / (w**2).sum().clamp(min=torch.finfo(w.dtype).tiny)
-        metrics["policy/ess"] = (share, mask.sum().double())
     return metrics
+
+
+def effective_share(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """mean(w)^2 / mean(w^2) of correction weights [B, T] or [B, 1] over the valid tokens, as (sum, count)."""
+    w = select(mask, weight.expand(mask.shape)).double()
+    share = w.sum() ** 2 / (w**2).sum().clamp(min=torch.finfo(w.dtype).tiny)
+    return share, mask.sum().double()
 
 
 def _moments(d: Tensor, mask: Tensor, suffix: str) -> dict[str, tuple[Tensor, Tensor]]:

@@ -66,6 +66,13 @@ MODIFIERS: dict[str, Row] = {
         "Skywork-OR1, arXiv 2505.22312",
         "A num",
     ),
+    "adaptive_kl": Row(
+        "The coefficient of the KL term follows a target KL.",
+        {"memory": ["adaptive_kl"]},
+        "arXiv 1909.08593; PPO trainers",
+        "B",
+        "KL per token. It starts at the memory's `init`, not at kl.coef.",
+    ),
     "loglinear": Row(
         "An interpolation stands in for the old policy's forward pass.",
         {"proximal": "loglinear"},

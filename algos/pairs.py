@@ -1,7 +1,7 @@
 """Losses on pairs of a chosen and a rejected completion, as rows: late advantages with the gradient of the loss.
 
 A group holds two rows, the chosen one with the higher reward. The gradient of a pair's loss with respect to the two
-sums of log-probabilities, g, is that of REINFORCE with A = -(V / P) g, V rows and P pairs, under the sequence-mean
+sums of log-probabilities, g, is that of REINFORCE with A = -(V / P) g, V rows and P groups, under the sequence-mean
 token-sum aggregation. The value of the loss is not the pair's; `preference/*` says how the pairs stand.
 """
 
@@ -35,7 +35,7 @@ def dpo(
     label_smoothing: float = 0.0,
     length_average: bool = False,
 ) -> Tensor:
-    """Gradient of -(1 - s) log sigmoid(beta z) - s log sigmoid(-beta z), z = (lw - ll) - (rw - rl), mean over pairs.
+    """Gradient of -(1 - s) log sigmoid(beta z) - s log sigmoid(-beta z), z = (lw - ll) - (rw - rl), mean over groups.
 
     lw, ll: sums of log-probabilities of chosen and rejected (means with length_average); rw, rl those of the reference.
     Source: DPO, arXiv 2305.18290.
@@ -58,7 +58,7 @@ def ipo(
     beta: float = 0.1,
     length_average: bool = False,
 ) -> Tensor:
-    """Gradient of (z - 1 / (2 beta))^2, z as in `dpo`, mean over pairs. Source: IPO, arXiv 2310.12036."""
+    """Gradient of (z - 1 / (2 beta))^2, z as in `dpo`, mean over groups. Source: IPO, arXiv 2310.12036."""
 
     def loss(chosen: Tensor, rejected: Tensor) -> Tensor:
         return preference.ipo(chosen - rejected, beta=beta)
@@ -79,7 +79,7 @@ def simpo(
     label_smoothing: float = 0.0,
     sft_weight: float = 0.0,
 ) -> Tensor:
-    """Gradient of -log sigmoid(beta (lw/|yw| - ll/|yl| - gamma_beta_ratio)), mean over pairs; no reference.
+    """Gradient of -log sigmoid(beta (lw/|yw| - ll/|yl| - gamma_beta_ratio)), mean over groups; no reference.
 
     hinge: max(0, 1 - beta (...)) instead; sft_weight adds -sft_weight lw/|yw|. Source: SimPO, arXiv 2405.14734.
     """
@@ -109,7 +109,7 @@ def redi(
     chosen_coef: float = 1.0,
     gamma: float = 0.0,
 ) -> Tensor:
-    """Gradient of -chosen_coef lw/|yw| + alpha ll/|yl| for a right and a wrong trace, mean over pairs; no reference.
+    """Gradient of -chosen_coef lw/|yw| + alpha ll/|yl| for a right and a wrong trace, mean over groups; no reference.
 
     gamma multiplies the second term by exp(gamma ll/|yl|). Source: REDI, arXiv 2505.24850.
     """

@@ -107,10 +107,10 @@ ROWS: dict[str, Row] = {
     ),
     "loss_weighted_sft": Row(
         "Demonstrations weigh by their loss: the easy ones less.",
-        {**DEMONSTRATIONS, "aggregation": "seq_mean_token_mean", "token_weight": ["by_loss"]},
+        {**DEMONSTRATIONS, "aggregation": "seq_mean_token_mean", "token_weight": [{"by_loss": {"burn_in": 0}}]},
         "Dynamic Loss-Based Sample Reweighting, ICLR 2025",
         "A num (weights)",
-        "Losses are those before the step.",
+        "Losses are those before the step. No burn-in, which is for pretraining (1000 steps there).",
     ),
     "dro_sft": Row(
         "Demonstrations weigh by the worst case within a KL ball: the hard ones more.",

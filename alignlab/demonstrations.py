@@ -27,7 +27,7 @@ class Demonstrations:
         column = config.data.completion_column
         if column is None:
             raise UserError(
-                "method 'sft' learns from demonstrations: name their column with data.completion_column=..."
+                "the method learns from demonstrations: name their column with data.completion_column=..."
             )
         if tokenizer.eos_token_id is None:
             raise UserError(f"model.path {config.model.path}: its tokenizer has no end-of-sequence token (eos_token)")

@@ -61,7 +61,9 @@ class Plan:
 
         from algos.batch import Batch
 
-        totals = torch.tensor(group.totals, dtype=torch.float64)
+        by = self.config.rewards.accuracy
+        judged = group.totals if by is None else [score.value for score in group.components[by]]
+        totals = torch.tensor(judged, dtype=torch.float64)
         batch = Batch(mask=torch.ones(len(totals), 1).bool(), group=torch.zeros(len(totals)).long(), rewards=totals)
         return None if self.method.filter(batch, rewards=totals).any() else f"filter {self.method.filter.name}"
 
@@ -267,6 +269,11 @@ def _check_rewards(config: RunConfig, demonstrations: bool) -> None:
             "`alignlab ls rewards` lists them"
         )
     check_components(config.rewards)
+    if config.rewards.accuracy is not None and config.rewards.accuracy not in config.rewards.components:
+        raise UserError(
+            f"rewards.accuracy: there is no component '{config.rewards.accuracy}'; "
+            f"{nearest(config.rewards.accuracy, config.rewards.components)}"
+        )
 
 
 def describe(plan: Plan) -> str:

@@ -36,6 +36,10 @@ class ModelConfig(Section):
     """Hub revision (branch, tag or commit); none is the hub's default."""
     reference: str | None = None
     """Folder or hub name of the frozen reference policy; none is the model as the run starts."""
+    reference_every: Count = 0
+    """Steps between moves of the reference towards the policy; 0 keeps it where it is."""
+    reference_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """How far a move goes: 1 is a reset to the policy, less a moving average (TRL: 0.6 every 512 steps)."""
     dtype: DType = "float32"
     """Precision of the learner's forward and backward pass; master weights are always float32."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -128,6 +132,8 @@ class ActorsConfig(Section):
 class RewardsConfig(Section):
     components: dict[str, dict[str, Any]] = {}
     """Name -> {weight: 1.0, fn: name or my_rewards.py:function (default: the name), and the function's own options}."""
+    accuracy: str | None = None
+    """Component that filters judge (dynamic sampling looks at correctness, not at style); none is the total."""
     workers: Positive = 1
     """Processes that score; each can be killed without harm to the run."""
     timeout: PositiveFloat = 10.0

@@ -28,8 +28,8 @@ from learner.model import full, named_tensors
 from learner.optim import Optimizer
 from learner.ranks import Ranks
 
-Trained = Mapping[str, tuple[PreTrainedModel, Optimizer]]
-"""What is trained, by the prefix of its names: "" is the policy."""
+Trained = Mapping[str, tuple[PreTrainedModel, Optimizer | None]]
+"""What changes in a run, by the prefix of its names: "" is the policy; a reference that moves has no optimiser."""
 
 
 def save_trainer(folder: Path, trained: Trained, counters: dict[str, Any], ranks: Ranks) -> None:
@@ -97,5 +97,6 @@ def _state(trained: Trained) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for prefix, (hf, optimiser) in trained.items():
         state |= {f"{prefix}model/{name}": tensor.detach() for name, tensor in named_tensors(hf)}
-        state |= {f"{prefix}optimizer/{name}": tensor for name, tensor in optimiser.state()}
+        if optimiser is not None:
+            state |= {f"{prefix}optimizer/{name}": tensor for name, tensor in optimiser.state()}
     return state

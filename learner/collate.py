@@ -135,12 +135,13 @@ def collate(
     device: torch.device | str = "cpu",
     components: Mapping[str, float] | None = None,
     baseline_column: str | None = None,
+    accuracy: str | None = None,
 ) -> tuple[Batch, Sequences]:
     """The whole step as one batch, group after group, completion after completion.
 
     `rewards` are the totals [B]; or, given the weights of the components, those apart [B, R]. `baselines` are read from
-    a column of the data. Demonstrations bring neither log-probs nor versions nor totals: then `rollout_logprobs` and
-    `versions` are None and `rewards` NaN.
+    a column of the data; `accuracy` is the component that filters judge. Demonstrations bring neither log-probs nor
+    versions nor totals: then `rollout_logprobs` and `versions` are None and `rewards` NaN.
     Raises ValueError when some completions bring log-probs and others do not, or a prompt is empty.
     """
     rows = [(g, i) for g in groups for i in range(len(g.completions))]
@@ -176,6 +177,8 @@ def collate(
         values = [[g.components[n][i].value if n in g.components else math.nan for n in apart] for g, i in rows]
         weights = [components.get(name, components.get(name.partition("/")[0], 1.0)) for name in apart]
         batch = replace(batch, rewards=column(values, torch.float64), reward_weights=column(weights, torch.float64))
+    if accuracy is not None:
+        batch = replace(batch, accuracy=column([g.components[accuracy][i].value for g, i in rows], torch.float64))
     batch = replace(batch, **_beside_rewards(rows, baseline_column, column))
     prompts = [g.prompt.token_ids for g, _ in rows]
     return batch, Sequences(prompts, [c.token_ids for c in completions], numbers)

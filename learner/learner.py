@@ -18,6 +18,7 @@ import json
 import math
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,10 +38,10 @@ from learner import checkpoint
 from learner.collate import Micro, Sequences, collate, split
 from learner.logprobs import divergences, sum_of_squares, tempered
 from learner.metrics import Totals
-from learner.model import Policy, Reader, as_published, full, load_policy, named_tensors
+from learner.model import Policy, Reader, as_published, full, load_policy, local, named_tensors
 from learner.optim import Optimizer, schedule
 from learner.ranks import Ranks
-from learner.token_model import TokenModel, load_companions
+from learner.token_model import ROLES, TokenModel, load_companions
 
 Result = TypeVar("Result")
 
@@ -86,6 +87,7 @@ class Learner:
             config.learner.optimizer, self.policy.hf.named_parameters(), self.policy.block_parameters()
         )
         self.companions = load_companions(config, method.needs, self.ranks)
+        self.taught = [field for need, (field, _) in ROLES.items() if need in method.needs]  # the others stay frozen
         self.components: dict[str, float] | None = None
         if "components" in method.needs:
             self.components = {name: float(c.get("weight", 1.0)) for name, c in config.rewards.components.items()}
@@ -114,7 +116,7 @@ class Learner:
         given = torch.full((len(batch.group),), math.nan, dtype=torch.float64, device=self.ranks.device)
         for number, rows in enumerate(self._minibatches(batch.group)):
             index, tokens = torch.tensor(rows, device=self.ranks.device), sequences.rows(rows)
-            minibatch = batch.rows(index)
+            minibatch = replace(batch.rows(index), moved=number > 0)
             if number == 0 and "early_old" not in self.method.needs:
                 # The weights are still the old ones. Saying so makes the ratio exactly 1; two passes that pack the rows
                 # differently agree only to rounding, and a sign(ratio - 1) in a loss would turn that into a gradient.
@@ -123,6 +125,8 @@ class Learner:
             given[index] = _advantage(minibatch)
             self._update(minibatch, tokens, factor, totals, groups)
         self._steps_done += 1
+        if self._moves_reference and self._steps_done % self.config.model.reference_every == 0:
+            self._move_reference()
         elapsed = time.perf_counter() - started
         each = iter(given.tolist())
         return StepResult(
@@ -136,7 +140,8 @@ class Learner:
 
     def _before(self, groups: Sequence[Group], version: int) -> tuple[Batch, Sequences]:
         """The step's batch with everything that is computed before its first update."""
-        batch, sequences = collate(groups, self.ranks.device, self.components, self.config.data.baseline_column)
+        accuracy, baseline = self.config.rewards.accuracy, self.config.data.baseline_column
+        batch, sequences = collate(groups, self.ranks.device, self.components, baseline, accuracy)
         batch = self._measured(replace(batch, version=version, seed=self._seed("method")), sequences)
         batch, self._memory = remember(self.method, batch, self._memory)
         if "tempered" in self.method.needs:
@@ -163,6 +168,19 @@ class Learner:
         if "bootstrap" in needs:  # also of truncated completions: the state after the last token is never read
             found["bootstrap"] = torch.zeros(len(batch.group), device=self.ranks.device)
         return replace(batch, **found)  # type: ignore[arg-type]
+
+    @property
+    def _moves_reference(self) -> bool:
+        return self.reference is not None and self.config.model.reference_every > 0
+
+    @torch.no_grad()
+    def _move_reference(self) -> None:
+        """ref <- (1 - share) ref + share policy; both are sharded alike, so every rank moves its own parts."""
+        assert self.reference is not None
+        for (_, ours), (_, theirs) in zip(
+            named_tensors(self.policy.hf), named_tensors(self.reference.hf), strict=True
+        ):
+            local(theirs).lerp_(local(ours).to(theirs.dtype), self.config.model.reference_share)
 
     def _minibatches(self, group: Tensor) -> Iterator[list[int]]:
         """Rows of each update: per epoch the groups in a new order, in `minibatches` parts as equal as they can be."""
@@ -198,7 +216,7 @@ class Learner:
         value = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for micro in self._share(sequences.only(trained)):
             logprobs, entropy = self.policy(micro)
-            given = {field: companion.model(micro)[0] for field, companion in self.companions.items()}
+            given = {field: self.companions[field].model(micro)[0] for field in self.taught}
             if not micro.rows:
                 # A pass of its own for a rank without work: FSDP2's collectives need every rank in every pass.
                 (sum(x.sum() for x in (logprobs, *given.values())) * 0).backward()
@@ -269,8 +287,9 @@ class Learner:
         """How far the policy's distributions within a group are apart, [B, T]; a group's rows are read together."""
 
         def said(micro: Micro) -> tuple[Tensor, ...]:
-            groups = torch.tensor([sequences.groups[r] for r in micro.rows], device=self.ranks.device)
-            return self.policy(micro, divergences(micro.row, micro.step, groups))
+            numbers = [sequences.groups[r] for r in micro.rows]
+            groups = torch.tensor(numbers, device=self.ranks.device)
+            return self.policy(micro, divergences(micro.row, micro.step, groups, Counter(sequences.groups)))
 
         (found,) = self._gathered(batch, ((micro, said(micro)) for micro in self._share(sequences, whole_groups=True)))
         return found
@@ -356,7 +375,8 @@ class Learner:
 
     def _trained(self) -> checkpoint.Trained:
         companions = {f"{field}/": (c.model.hf, c.optimiser) for field, c in self.companions.items()}
-        return {"": (self.policy.hf, self.optimiser), **companions}
+        reference = {"reference/": (self.reference.hf, None)} if self._moves_reference and self.reference else {}
+        return {"": (self.policy.hf, self.optimiser), **companions, **reference}
 
     def _load(self, path: str, checkpointing: bool = False) -> Policy:
         return load_policy(

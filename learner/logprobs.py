@@ -6,7 +6,7 @@ Here the tokens go through the head in chunks, forward and again backward; betwe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,10 +61,13 @@ def sum_of_squares(
     return (torch.cat([(p * p).sum(-1) for p in parts] or [hidden.new_zeros(0, dtype=torch.float32)]),)
 
 
-def divergences(rows: Tensor, steps: Tensor, groups: Tensor) -> Callable[..., tuple[Tensor]]:
+def divergences(
+    rows: Tensor, steps: Tensor, groups: Tensor, sizes: Mapping[int, int]
+) -> Callable[..., tuple[Tensor]]:
     """A reader of how far a group's distributions are apart at a target's position (`algos.tw_grpo`), [N] float32.
 
-    rows, steps [N]: row and position of each target; groups [rows]: a number per row. All rows of a group are here.
+    rows, steps [N]: row and position of each target; groups [rows]: a number per row. All rows of a group are here but
+    those without tokens, which `sizes` (completions of each group) counts.
     """
 
     @torch.no_grad()
@@ -81,7 +84,7 @@ def divergences(rows: Tensor, steps: Tensor, groups: Tensor) -> Callable[..., tu
                 cells = (mine & (steps >= start) & (steps < start + width)).nonzero()[:, 0]
                 logprobs = _logits(hidden[cells], weight, bias, head).log_softmax(-1)
                 row, step = torch.searchsorted(members, rows[cells]), steps[cells] - start
-                out[cells] = _spread(logprobs, row, step, (len(members), width))[step]
+                out[cells] = _spread(logprobs, row, step, (sizes[int(number)], width))[step]
         return (out,)
 
     return read

@@ -156,6 +156,12 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a possibly sharded tensor: a view of it, detached."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _head(hf: PreTrainedModel, temperature: float) -> Head:
     """What the model's config says about its logits (the names that transformers' models use)."""
     c = hf.config

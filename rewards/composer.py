@@ -179,7 +179,7 @@ class Composer:
         completion has had a total yet.
         """
         for name in self.components:
-            scores = _of(groups, name)
+            scores = _of([*groups, *(g.greedy for g in groups if g.greedy)], name)
             failures = [s for s in scores if s.status in ("timeout", "error")]
             if scores and len(failures) / len(scores) > self._max_failed:
                 (status, detail), count = Counter((s.status, s.detail) for s in failures).most_common(1)[0]

@@ -30,6 +30,20 @@ def test_generated_pages_are_up_to_date():
     assert (ROOT / "docs" / "metrics.md").read_text() == docs.metrics()
 
 
+def test_every_option_that_an_advice_names_exists():
+    from core.config import RunConfig
+    from core.loading import section_at
+
+    named = re.findall(rf"\b(?:{'|'.join(RunConfig.model_fields)})(?:\.[a-z_]+)+", docs.metrics())
+    wrong = []
+    for option in set(named):
+        *parents, last = option.split(".")
+        section = section_at(tuple(parents))
+        if section is not None and last not in section.model_fields:
+            wrong.append(option)
+    assert not wrong and "learner.critic.lr" in named
+
+
 @pytest.mark.parametrize(("page", "text"), blocks("bash"))
 def test_every_command_is_one_that_exists(page, text):
     makefile = (ROOT / "Makefile").read_text()

@@ -23,7 +23,7 @@ from algos.kl import in_loss
 from algos.loss import advantages, late, loss, normalise
 from algos.method import Method
 from algos.methods import resolve
-from algos.metrics import mismatch
+from algos.metrics import effective_share, mismatch
 from algos.shaping import kl_sequence, kl_token, overlong_penalty
 from algos.token_weights import outcome
 from core.registry import options_of
@@ -323,7 +323,8 @@ def offpolicy_metrics(case: Case) -> dict[str, Any]:
     if case.config.get("weight"):
         ((mode, options),) = named(case.config["weight"], "mode").items()
         weight = corrections[mode](old, rollout, mask, **options)
-    pairs = {name: total / count for name, (total, count) in mismatch(old, rollout, mask, weight).items()}
+    found = mismatch(old, rollout, mask) | ({} if weight is None else {"policy/ess": effective_share(weight, mask)})
+    pairs = {name: total / count for name, (total, count) in found.items()}
     names = {
         **{"kl_rollout_train_k1": "mismatch_k1", "kl_rollout_train_k3": "mismatch_kl"},
         **{"train_ppl": "old_perplexity", "rollout_ppl": "rollout_perplexity", "chi2_token": "chi2_token"},

@@ -27,7 +27,7 @@ def others() -> dict[str, Method]:
     """A method for each registered part that no row has."""
     used = {pair for method in ROWS.values() for pair in parts_of(method)}
     left = [(piece, part) for piece in PIECES for part in PIECES[piece].registry if (piece, part) not in used]
-    beside = {"memory": {"entropy": "bonus"}}
+    beside = {"memory": {"entropy": "bonus", "kl": {"coef": 0.04}}}
     return {f"{piece}/{part}": resolve({piece: part, **beside.get(piece, {})}, context=CONTEXT) for piece, part in left}
 
 

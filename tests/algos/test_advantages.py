@@ -280,6 +280,39 @@ def test_the_value_loss_pulls_values_to_the_returns():
     torch.testing.assert_close(values.grad, want)
 
 
+COMPARED = [("remax", "greedy_rewards"), ("spo", "baselines"), ("a_star_po", "baselines")]
+
+
+@pytest.mark.parametrize(("name", "field"), COMPARED)
+def test_what_a_completion_is_compared_with_may_be_missing(name, field):
+    """Its row gets no gradient, the others exactly the one they have without it."""
+    method = RUNNABLE[name]
+    if method.whiten:
+        method = replace(method, whiten=None)
+    method = replace(method, memory=())
+    batch = step(method)
+    logprobs = current(batch)
+    whole = run(method, batch, logprobs)[1]
+    missing = getattr(batch, field).clone()
+    missing[3] = torch.nan
+    part = run(method, replace(batch, **{field: missing}), logprobs)[1]
+    others = torch.arange(9) != 3
+    torch.testing.assert_close(part[others], whole[others])
+    assert (part[3] == 0).all()
+
+
+def test_mismatch_is_told_once_and_only_while_the_weights_are_the_old_ones():
+    method = RUNNABLE["bypass_ppo"]  # it needs no old policy
+    batch = replace(step(method), old_logprobs=None)
+    base = current(step(method))
+    fresh, moved = (run(method, replace(batch, moved=m), base)[0].metrics for m in (False, True))
+    assert {"policy/mismatch_kl", "policy/kl_old"} <= set(fresh)
+    assert not {"policy/mismatch_kl", "policy/kl_old"} & set(moved)
+    told = resolve({"row": "dapo", "shaping": "none", "modifiers": ["tis"]})
+    assert "policy/mismatch_kl" in ready(told, step(told), base).metrics
+    assert "policy/mismatch_kl" not in run(told, step(told), base)[0].metrics
+
+
 def test_effective_samples_and_mismatch_are_told_by_lag():
     """Two tokens at lag 0 with ratio 1, two at lag 3 with ratios 1 and 3: (2 / 2)^2 and (4 / 2)^2 / (10 / 2) = 0.8."""
     rollout = torch.full((2, 2), -2.0).double()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from algos.batch import Batch
-from algos.loss import remember
+from algos.loss import advantages, normalise, remember
 from algos.memory import fills, memories
 from algos.methods import resolve
 from core.errors import UserError
@@ -24,6 +24,7 @@ def batch_of(prompts: list[str], rewards: list[float]) -> Batch:
         rewards=torch.tensor(rewards).double(),
         prompts=tuple(prompts),
         old_logprobs=torch.full((rows, 2), -0.7),
+        ref_logprobs=torch.full((rows, 2), -0.9),
         entropy=torch.full((rows, 2), 0.1),
     )
 
@@ -55,6 +56,21 @@ def test_the_entropy_bonus_grows_below_the_target_and_is_off_above() -> None:
     assert states == [{"value": pytest.approx(0.001), "enabled": False}]
 
 
+def test_the_kl_coefficient_follows_its_target() -> None:
+    spec = {"row": "grpo", "modifiers": [{"adaptive_kl": {"init": 0.1, "target": 0.1, "horizon": 10.0}}]}
+    method = resolve(spec)
+    batch, states = remember(method, batch_of(["a", "b"], [1.0, 0.0]), [{}])
+    # KL = -0.7 + 0.9 = 0.2, twice the target: the error is clipped to 0.2; n / horizon = 2 / 10.
+    assert batch.adapted_kl_coef == pytest.approx(0.1 * 1.04) and states == [{"beta": batch.adapted_kl_coef}]
+    fixed = resolve({"row": "grpo", "kl": {"coef": batch.adapted_kl_coef}})
+    both = step(fixed)
+    mine = normalise(method, advantages(method, replace(both, adapted_kl_coef=batch.adapted_kl_coef)))
+    theirs = normalise(fixed, advantages(fixed, both))
+    assert mine.kl_coef == theirs.kl_coef
+    with pytest.raises(UserError, match="adapts the coefficient of a KL term that is none"):
+        resolve({"row": "dapo", "modifiers": ["adaptive_kl"]})
+
+
 def test_aepo_reinforces_right_rows_as_if_drawn_hotter_when_the_entropy_is_low() -> None:
     method = RUNNABLE["aepo"]
     batch = replace(step(method), old_logprobs=torch.full((9, 6), -0.3).double())
@@ -73,6 +89,7 @@ READERS = {
     "adaptive_entropy": {"entropy": "bonus"},
     "log_entropy": {"entropy": "bonus"},
     "entropy_level": {"advantage": "aepo"},
+    "adaptive_kl": {"kl": {"coef": 0.04}},
 }
 
 
@@ -100,6 +117,15 @@ def test_a_state_survives_json_between_any_two_steps(name: str) -> None:
         ({"row": "grpo", "value": "squared"}, "group has no targets; use gae or vtrace"),
         ({"row": "grpo", "credit": "outcome"}, "a token reward model that nothing reads"),
         ({"row": "grpo", "token_weight": ["by_loss"]}, "says something of demonstrations only"),
+        ({"row": "aepo", "whiten": "sequence"}, "needs one advantage per row, aepo gives one per token"),
+        ({"row": "sft", "modifiers": ["tis"]}, "data demonstrations has no rollout"),
+        ({"row": "redi", "modifiers": ["geometric_rejection"]}, "data preferences has no rollout"),
+        ({"row": "sft", "filter": "mixed"}, "no rewards that filter mixed could judge"),
+        ({"row": "sft", "advantage": "group"}, "demonstrations have no rewards, which advantage group reads"),
+        ({"row": "dpo", "data": "rollouts"}, "advantage dpo does not go with data rollouts"),
+        ({"row": "dpo", "aggregation": "token_mean"}, "under surrogate reinforce and aggregation seq_mean_token_sum"),
+        ({"row": "gvpo", "surrogate": "ppo_clip"}, "under surrogate reinforce and aggregation seq_mean_token_sum"),
+        ({"row": "drpo", "aggregation": "token_mean"}, "under surrogate reinforce and aggregation seq_mean_token_mean"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(spec: dict[str, object], says: str) -> None:

@@ -43,7 +43,7 @@ def test_max_tokens_of_a_row_is_filled_in_by_the_run():
 
 
 def test_modifiers_stack_on_every_row():
-    for row in ROWS:
+    for row in (row for row in ROWS if methods[row].data == "rollouts"):
         spec = {"row": row, "modifiers": ["drop_truncated", {"top_entropy": {"fraction": 0.4}}, "opsm", "m2po"]}
         method = resolve(spec, context=CONTEXT)
         names = [weight.name for weight in method.token_weight]

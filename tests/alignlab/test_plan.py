@@ -15,6 +15,7 @@ from alignlab.plan import absolute, check_folder, describe, load_benchmarks, loa
 from core.config import ModelConfig
 from core.errors import UserError
 from core.loading import dump_config, load_config, parse_config
+from core.schema import Completion, Group, Prompt, Score
 
 ROWS = [{"question": f"{i}+{i}?", "answer": str(2 * i), "said": str(2 * i)} for i in range(4)]
 
@@ -64,6 +65,10 @@ SFT = ("method=sft", "rewards.components={}", "data.completion_column=said")
         (["eval.benchmarks=[few.jsonl]", "data.template={prompt} {said}"], "benchmark few, row 1: no column 'said'"),
         ([*SFT, "eval.benchmarks=[few.jsonl]"], "alignlab eval runs/r --benchmarks few.jsonl"),
         ([*SFT, "data.path=mixed.jsonl"], "data.completion_column: mixed.jsonl, row 5"),
+        (["rewards.accuracy=math"], "rewards.accuracy: there is no component 'math'; did you mean 'math_answer'"),
+        ([*SFT, "data.rejected_column=said"], "data.rejected_column: method sft does not read it; leave it out"),
+        ([*SFT, "method=dpo"], "data.rejected_column: method dpo reads the completion that was not chosen from it"),
+        (["method=a_star_po"], "data.baseline_column: method a_star_po reads a number per prompt from it"),
         (["actors.device=cuda"], "pools: actors 1 CPU + 1 GPU, learner 1 CPU, but this machine has 0 GPU"),
         (["learner.ranks=64", "actors.count=100"], "pools: actors 100 CPU, learner 64 CPU, but this machine has 2 CPU"),
         (["data.path=bare.jsonl"], "math_answer: it reads the column 'answer', which the data has not"),
@@ -77,6 +82,16 @@ def test_what_cannot_work_is_refused_with_the_reason(home, overrides, message):
     with pytest.raises(UserError) as error:
         plan(*overrides)
     assert message in str(error.value)
+
+
+def test_a_filter_judges_the_component_that_the_config_names(home):
+    """All right, in different styles: their totals differ, and there is nothing to learn about being right."""
+    one = Completion((7,), (-1.0,), (0,), "", "stop")
+    scores = {"math_answer": (Score("ok", 1.0),) * 2, "style": (Score("ok", 0.0), Score("ok", 1.0))}
+    group = Group("g", Prompt(0, "", (1,)), (one, one), components=scores, totals=(1.0, 2.0))
+    style = "rewards.components.style={fn: length, target: 4}"
+    assert plan("method=dapo", style).drop(group) is None
+    assert plan("method=dapo", style, "rewards.accuracy=math_answer").drop(group) == "filter mixed"
 
 
 def test_what_can_work_is_not_refused(home):

@@ -107,6 +107,14 @@ def test_components_apart_are_those_that_scored_with_the_weight_of_their_functio
     assert batch.reward_weights.tolist() == [1.0, 0.5]  # right, style/a
 
 
+def test_filters_judge_the_component_that_the_config_names() -> None:
+    c = Completion((7,), (-1.0,), (4,), "", "stop")
+    scores = {"right": (Score("ok", 1.0), Score("ok", 1.0)), "style": (Score("ok", 0.0), Score("timeout"))}
+    group = Group("g", Prompt(0, "", (1,)), (c, c), components=scores, totals=(1.0, 1.0))
+    assert collate([group], accuracy="right")[0].accuracy.tolist() == [1.0, 1.0]
+    assert collate([group], accuracy="style")[0].accuracy[1].isnan() and collate([group])[0].accuracy is None
+
+
 def test_a_mixture_of_sampled_and_given_completions_is_refused() -> None:
     with pytest.raises(ValueError, match="others do not"):
         collate(samples.groups(1) + samples.groups(1, sampled=False))

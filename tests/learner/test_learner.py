@@ -104,6 +104,38 @@ def test_a_resumed_learner_continues_bit_for_bit(tiny: Path, tmp_path: Path) -> 
         assert torch.equal(x, y), name
 
 
+def moving(tiny: Path, share: float, every: int = 2) -> Learner:
+    config = samples.config(tiny)
+    model = config.model.model_copy(update={"reference_every": every, "reference_share": share})
+    return Learner(config.model_copy(update={"model": model}), resolve("grpo"))
+
+
+def test_the_reference_moves_when_and_as_far_as_it_should(tiny: Path) -> None:
+    def weights(policy: Any) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in policy.hf.parameters()]).clone()
+
+    worker = moving(tiny, share=0.25)
+    start = weights(worker.reference)
+    worker.step(samples.groups(), version=0)
+    assert torch.equal(weights(worker.reference), start)
+    worker.step(samples.groups(seed=1), version=1)
+    moved, policy = weights(worker.reference), weights(worker.policy)
+    assert torch.allclose(moved, 0.75 * start + 0.25 * policy, atol=1e-7) and not torch.equal(moved, start)
+
+
+def test_a_moving_reference_resumes_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
+    straight, first, second = (moving(tiny, share=1.0) for _ in range(3))
+    for step in range(4):
+        straight.step(samples.groups(seed=step), version=step)
+    for step in range(2):
+        first.step(samples.groups(seed=step), version=step)
+    first.save(tmp_path)
+    second.load(tmp_path)
+    for step in range(2, 4):
+        second.step(samples.groups(seed=step), version=step)
+    assert torch.equal(parameters(straight), parameters(second))
+
+
 def test_one_rank_in_bfloat16_also_resumes_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
     config = samples.config(tiny)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})

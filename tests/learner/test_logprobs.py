@@ -107,9 +107,10 @@ def test_divergence_within_groups_is_that_of_the_padded_rectangle(chunk: int) ->
     """Rows 0, 1, 3 are one group with 3, 1 and 2 tokens, row 2 is alone with 2."""
     hidden, weight, b, _ = (x if x is None else x.detach() for x in case())
     rows, steps = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3]), torch.tensor([0, 1, 2, 0, 0, 1, 0, 1])
-    (got,) = divergences(rows, steps, torch.tensor([7, 7, 5, 7]))(hidden[:8], weight, b, rows, Head(), chunk)
+    groups, sizes = torch.tensor([7, 7, 5, 7]), {7: 4, 5: 1}  # a fourth completion of the first group is empty
+    (got,) = divergences(rows, steps, groups, sizes)(hidden[:8], weight, b, rows, Head(), chunk)
     logprobs = torch.nn.functional.linear(hidden[:8], weight, b).log_softmax(-1)
-    q, present = torch.zeros(1, 3, 3, V), torch.zeros(1, 3, 3).bool()
+    q, present = torch.zeros(1, 4, 3, V), torch.zeros(1, 4, 3).bool()
     for cell, row in ((0, 0), (1, 0), (2, 0), (3, 1), (6, 2), (7, 2)):
         q[0, row, steps[cell]], present[0, row, steps[cell]] = logprobs[cell], True
     want = group_divergence(q, present)[0]

@@ -17,7 +17,9 @@ from learner.ranks import Ranks
 from tests.learner import samples
 
 STEPS = 3
-ROWS = ("ppo", "oreal", "tw_grpo")
+# A critic, a token reward model, statistics of whole groups; a critic that nothing trains; a reference that moves.
+ROWS = {name: {"row": name} for name in ("ppo", "oreal", "tw_grpo", "grpo")}
+ROWS["frozen"] = {"row": "ppo", "value": "none"}
 
 
 def run(learner: Learner) -> dict[str, Any]:
@@ -39,7 +41,8 @@ def learner(model: Path, name: str, ranks: Ranks | None = None) -> Learner:
 def with_companions(model: Path, row: str, ranks: Ranks | None = None) -> dict[str, Any]:
     """Two steps of a row; its tensors and those of what is trained beside the policy."""
     config = samples.config(model, token_budget=80, critic={"lr": 1e-3}, token_reward_model={"lr": 1e-3})
-    worker = Learner(config, resolve(row), ranks=ranks)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"reference_every": 1})})
+    worker = Learner(config, resolve(ROWS[row]), ranks=ranks)
     for step in range(2):
         worker.step(samples.groups(prompts=3 - 2 * step, seed=step), version=step)  # a rank without work in the second
     models = {field: c.model.hf for field, c in worker.companions.items()}
