@@ -164,7 +164,7 @@ def _regressions_keep_their_gradient(m: Method) -> str | None:
 # Late advantages that stand for a loss of whole groups -> the aggregation under which the gradient is that loss's.
 REGRESSIONS: dict[Callable[..., Any], str] = {
     **{f: "seq_mean_token_sum" for f in (pairs.dpo, pairs.ipo, pairs.simpo, pairs.redi, coupled.gvpo, coupled.a_star)},
-    coupled.drpo: "seq_mean_token_mean",
+    **{f: "seq_mean_token_mean" for f in (coupled.drpo, coupled.flow_rl)},
 }
 
 

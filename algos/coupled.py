@@ -1,8 +1,8 @@
 """Late advantages: estimators that read the detached current log-probabilities of a whole minibatch.
 
-DRPO, DisCO, GVPO and A*-PO weigh a row by the current scores of its group, so they are not sums over rows. Their
-gradient is still that of REINFORCE, -A_i d log pi, with an advantage computed after the forward pass ("late"); the
-value of the loss is then not theirs, which is why `drpo_objective` exists for comparison.
+DRPO, DisCO, GVPO, A*-PO and FlowRL weigh a row by current scores, of its group or its own, so they are not sums over
+rows of a surrogate. Their gradient is still that of REINFORCE, -A_i d log pi, with an advantage computed after the
+forward pass ("late"); the value of the loss is then not theirs, which is why `drpo_objective` exists for comparison.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from algos.advantages import advantages, require_binary
+from algos.advantages import group as group_advantage
 from algos.batch import select
+from algos.critic import WithReturns
 from algos.groups import Groups
 from algos.parts import Length, tokens
 
@@ -97,6 +99,36 @@ def a_star(
     """
     moved = (select(mask, logprobs) - select(mask, ref_logprobs)).sum(1).double()
     return 2 * beta * ((rewards - baselines) - beta * moved)
+
+
+@advantages
+def flow_rl(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    rewards: Tensor,
+    group: Tensor,
+    lengths: Tensor,
+    mask: Tensor,
+    *,
+    beta: float = 15.0,
+    weight_cap: float = 10.0,
+    eps: float = 1e-6,
+) -> WithReturns:
+    """Gradient of w (log Z(x) + mean_t l - beta a - mean_t f)^2: the policy samples in proportion to exp(beta a).
+
+    a: the group-normalised reward; w = min(exp(sum_t (l - old)), weight_cap); log Z: the critic's value at the first
+    token, which sees the prompt alone, and whose target is what would make the bracket 0. A_i = -2 w times the bracket,
+    with log Z as it was before the step. Source: FlowRL, arXiv 2509.15207.
+    """
+    first = mask & (mask.cumsum(1) == 1)
+    log_z = select(first, values).double().sum(1)
+    wanted = beta * group_advantage(rewards, group, lengths, eps=eps) + row_mean(ref_logprobs, mask).double()
+    error = log_z + row_mean(logprobs, mask).double() - wanted
+    moved = (select(mask, logprobs) - select(mask, old_logprobs)).double().sum(1).clamp(-20, 20)
+    target = torch.where(first, (log_z - error)[:, None], select(mask, values).double())
+    return WithReturns(-2 * moved.exp().clamp(max=weight_cap) * error, target)
 
 
 def optimal_value(rewards: Tensor, *, beta: float = 0.5) -> Tensor:

@@ -357,6 +357,19 @@ ROWS: dict[str, Row] = {
         "The optimal values, which `coupled.optimal_value` makes of the reference's rewards, are a column of the data "
         "(data.baseline_column). Gradient as published.",
     ),
+    "flow_rl": Row(
+        "Squared flow balance: completions in proportion to their reward's exponential, with a learnt partition.",
+        {
+            "advantage": "flow_rl",
+            "surrogate": "reinforce",
+            "aggregation": SEQ_MEAN,
+            "value": {"squared": {"clip": None}},
+        },
+        "FlowRL, arXiv 2509.15207",
+        "A",
+        "The critic at the first token is the log-partition head; its loss leaves out the importance weight. Gradient "
+        "as published.",
+    ),
     "decoupled_ppo": Row(
         "PPO clip against the recomputed old policy, times the capped ratio of old to rollout policy.",
         {"surrogate": _clip(), "correction": {"mask": {"level": "token", "high": 5.0}}},

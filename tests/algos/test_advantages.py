@@ -232,6 +232,25 @@ def test_a_star_po_has_the_gradient_of_its_squared_regression():
     torch.testing.assert_close(run(method, batch, logprobs.detach())[1], want)
 
 
+def test_flow_rl_has_the_gradient_of_its_squared_balance():
+    method = RUNNABLE["flow_rl"]
+    batch = step(method)
+    logprobs, log_z = current(batch).requires_grad_(), batch.values[:, 0].clone().requires_grad_()
+    advantage = ready(resolve({"surrogate": "reinforce"}), batch, logprobs.detach()).channels[0].advantages[:, 0]
+    length = MASK.sum(1)
+    mean, anchor = (torch.where(MASK, x, 0.0).sum(1) / length for x in (logprobs, batch.ref_logprobs))
+    balance = log_z + mean - 15 * advantage - anchor
+    weight = torch.where(MASK, logprobs - batch.old_logprobs, 0.0).sum(1).exp().clamp(max=10).detach()
+    wanted, wanted_z = torch.autograd.grad((weight * balance**2).mean(), (logprobs, log_z))
+    torch.testing.assert_close(run(method, batch, logprobs.detach())[1], wanted)
+    # The critic is pulled where the balance would be 0, at the first token alone, by half the squared error.
+    prepared = ready(method, batch, logprobs.detach())
+    values = batch.values.clone().requires_grad_()
+    loss(method, prepared, logprobs.detach(), values=values).loss.backward()
+    torch.testing.assert_close(values.grad[:, 0] * MASK.sum() * 2 * weight / 9, wanted_z)
+    assert (values.grad[:, 1:] == 0).all()
+
+
 def test_optimal_value_lies_between_mean_and_maximum():
     # 0.5 log((e^2 + 1) / 2) = 0.5 * 1.43378
     assert optimal_value(torch.tensor([[1.0, 0.0]]).double()).item() == pytest.approx(
