@@ -187,10 +187,10 @@ def test_silence_is_noticed(tmp_path):
 
 
 def test_a_step_or_an_evaluation_may_take_longer_than_silence_is_allowed_to_last(tmp_path):
-    run, learner, _ = make(tmp_path, FakeActors(), learner={"timeout": 0.1}, eval={"every": 1})
+    run, learner, _ = make(tmp_path, FakeActors(), learner={"timeout": 1.0}, eval={"every": 1})
 
     async def slow(step):
-        await asyncio.sleep(0.35)
+        await asyncio.sleep(1.5)
         return {}
 
     run.evaluate = slow
@@ -202,7 +202,7 @@ def test_times_of_evaluations_are_not_times_of_steps(tmp_path):
     run, _, _ = make(tmp_path, FakeActors(), evals=[], eval={"every": 1})
 
     async def slow(step):
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.0)
         return {"eval/x/accuracy": 0.5}
 
     run.evaluate = slow
@@ -210,7 +210,7 @@ def test_times_of_evaluations_are_not_times_of_steps(tmp_path):
     rows = [json.loads(line) for line in (run.run_dir.path / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "reward/total" in row]
     assert [row["step"] for row in rows] == [1, 1, 2, 2, 3]  # a line a step, a line an evaluation
-    assert all(row["time/step"] < 0.25 for row in steps)
+    assert all(row["time/step"] < 0.9 for row in steps)
     assert [("time/checkpoint" in row) for row in steps] == [False, False, True]  # that of step 2
 
 
