@@ -132,9 +132,9 @@ def loss(
         total = total + _filled(rows.kl_coef).to(kl.dtype) * kl
     if method.entropy:
         total = total - _entropy_bonus(method.entropy, rows, mask, entropy)
-    metrics: dict[str, Any] = {**update(current, rows.ref_logprobs, entropy), **_clip_metrics(method, rows, current)}
-    if rows.moved and rows.old_logprobs is None:
-        del metrics["policy/kl_old"]  # nobody knows the old policy
+    old_known = rows.old_logprobs is not None or not rows.moved
+    metrics: dict[str, Any] = update(current, rows.ref_logprobs, entropy, old_known)
+    metrics |= _clip_metrics(method, rows, current)
     if method.value:
         total = total + _value_loss(method.value, rows, mask, values, metrics)
     if method.credit:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from algos.batch import Metrics, select
+from algos.batch import select
 from algos.kl import k3
 
 
@@ -246,13 +246,14 @@ def derived(means: Mapping[str, float]) -> dict[str, float]:
 _FIRST, _SECOND = "policy/moment_1", "policy/moment_2"
 
 
-def update(current: dict[str, Tensor], ref_logprobs: Tensor | None, entropy: Tensor | None) -> Metrics:
-    """What one update does, from the tensors that the surrogate reads."""
+def update(
+    current: dict[str, Tensor], ref_logprobs: Tensor | None, entropy: Tensor | None, old_known: bool
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What one update does, from the tensors that the surrogate reads; not `old_known`: they hold no old policy."""
     mask, logprobs = current["mask"], current["logprobs"].detach()
-    metrics = {
-        "policy/kl_old": mean_over(k3(current["old_logprobs"] - logprobs), mask),
-        "policy/ratio_mean": mean_over(current["ratio"], mask),
-    }
+    metrics = {"policy/ratio_mean": mean_over(current["ratio"], mask)}
+    if old_known:
+        metrics["policy/kl_old"] = mean_over(k3(current["old_logprobs"] - logprobs), mask)
     if ref_logprobs is not None:
         metrics["policy/kl_ref"] = mean_over(k3(logprobs - select(mask, ref_logprobs)), mask)
     if entropy is not None:

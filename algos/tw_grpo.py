@@ -47,7 +47,10 @@ def divergence_weights(divergence: Tensor, *, alpha: float = 1.7, detach: bool =
     (ours); `detach` false lets gradient run through w, as released. The authors run 1.7 (their class default is 1.4).
     """
     d = divergence.detach() if detach else divergence
-    low, high = d.amin(-1, keepdim=True), d.amax(-1, keepdim=True)
+    return _stretched(d, d.amin(-1, keepdim=True), d.amax(-1, keepdim=True), alpha)
+
+
+def _stretched(d: Tensor, low: Tensor, high: Tensor, alpha: float) -> Tensor:
     return 1 + (alpha - 1) * (d - low) / (high - low + 1e-8)
 
 
@@ -58,10 +61,10 @@ def tw_grpo(divergence: Tensor, group: Tensor, mask: Tensor, *, alpha: float = 1
     D is that of the policy before the step. Source: TW-GRPO, arXiv 2505.24718 (there over all padded columns).
     """
     spread = divergence.double()
-    rows = Groups(torch.unique(group, return_inverse=True)[1], mask.any(1), len(group.unique()))
+    rows = Groups.of(group, torch.where(mask.any(1), 0.0, torch.nan))
     low = rows.spread(rows.smallest(spread.masked_fill(~mask, torch.inf).amin(1)))[:, None]
     high = rows.spread(rows.largest(spread.masked_fill(~mask, -torch.inf).amax(1)))[:, None]
-    return select(mask, 1 + (alpha - 1) * (spread - low) / (high - low + 1e-8))
+    return select(mask, _stretched(spread, low, high, alpha))
 
 
 def multi_choice_soft_reward(answer: Collection[str], truth: Collection[str]) -> float:

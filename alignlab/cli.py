@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     grading.add_argument("file", help="JSONL file with the columns gold and completion")
     grading.add_argument("--out", help="where the verdicts go (default: the terminal)")
     grading.add_argument("--extract", choices=("boxed", "marked", "any"), default="marked", help="where an answer is")
-    grading.add_argument("--workers", type=int, default=1, help="scoring processes (default: 1)")
-    grading.add_argument("--timeout", type=float, default=10.0, help="seconds one row may take (default: 10)")
+    grading.add_argument("--workers", type=_positive(int), default=1, help="scoring processes (default: 1)")
+    grading.add_argument("--timeout", type=_positive(float), default=10.0, help="seconds a row may take (default: 10)")
 
     check = _verb(
         verbs, "check", "print what a config would do, render a prompt, score a completion", _check,
@@ -124,6 +124,18 @@ def _verb(
     verb = verbs.add_parser(name, help=about, description=about, epilog=f"example: {example}")
     verb.set_defaults(run=run)
     return verb
+
+
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """A number above 0, as argparse reads an argument."""
+
+    def read(text: str) -> float:
+        number = kind(text)
+        if not number > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return number
+
+    return read
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:

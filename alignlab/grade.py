@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.prompts import Row, read_rows
+from alignlab.run_dir import write_atomically
 from core.config import RewardsConfig
 from core.errors import UserError, nearest
 from core.schema import Score
@@ -28,11 +29,13 @@ def grade_file(arguments: argparse.Namespace) -> int:
                 raise UserError(f"{arguments.file}: row {number} has no '{column}'; {nearest(column, row)}")
         if not isinstance(row["completion"], str):
             raise UserError(f"{arguments.file}: row {number}: 'completion' is {row['completion']!r:.60}, not a text")
+    if arguments.out and not Path(arguments.out).absolute().parent.is_dir():
+        raise UserError(f"--out: there is no folder {Path(arguments.out).absolute().parent}; make it, or name another")
     settings = RewardsConfig(workers=arguments.workers, timeout=arguments.timeout)
     verdicts = asyncio.run(grade(rows, settings, arguments.extract))
     lines = "".join(json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in verdicts)
     if arguments.out:
-        Path(arguments.out).write_text(lines, encoding="utf-8")
+        write_atomically(Path(arguments.out), lines)
     else:
         sys.stdout.write(lines)
     print(summary(verdicts), file=sys.stderr)

@@ -164,6 +164,7 @@ def collate(
 
     from_engine = sampled == {True}
     numbers = [n for n, g in enumerate(groups) for _ in g.completions]
+    names = [_name(g.prompt.token_ids) for g in groups]
     batch = Batch(
         mask=rectangle([(True,) * len(c.token_ids) for c in completions], torch.bool),
         group=column(numbers, torch.int64),
@@ -171,7 +172,7 @@ def collate(
         truncated=column([c.truncated for c in completions], torch.bool),
         versions=rectangle([c.versions for c in completions], torch.int64) if from_engine else None,
         rollout_logprobs=rectangle([c.rollout_logprobs for c in completions], torch.float32) if from_engine else None,
-        prompts=tuple(_name(g.prompt.token_ids) for g, _ in rows),
+        prompts=tuple(name for name, g in zip(names, groups, strict=True) for _ in g.completions),
     )
     if apart := _scored_components(groups) if components else []:
         values = [[g.components[n][i].value if n in g.components else math.nan for n in apart] for g, i in rows]

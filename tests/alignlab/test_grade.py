@@ -48,3 +48,13 @@ def test_verdicts_can_go_to_a_file(tmp_path, capsys):
 def test_a_file_of_another_form_is_refused(tmp_path, capsys, row, says):
     assert main(["grade", write(tmp_path / "rows.jsonl", row)]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_arguments_that_make_no_sense_are_refused_before_anything_is_graded(tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", {"gold": "4", "completion": "4"})
+    assert main(["grade", file, "--out", str(tmp_path / "nowhere" / "v.jsonl")]) == 2
+    assert "--out: there is no folder" in capsys.readouterr().err
+    for option in ("--workers", "--timeout"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["grade", file, option, "0"])
+        assert stopped.value.code == 2 and f"argument {option}: 0 is not above 0" in capsys.readouterr().err
