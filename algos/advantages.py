@@ -238,17 +238,33 @@ def normalise_then_sum(
     estimate: Estimate,
     *,
     weights: list[float] | None = None,
-    reduce: Literal["sum", "mean"] = "sum",
+    reduce: Literal["sum", "mean", "softmin"] = "sum",
+    sharpness: float = 1.0,
 ) -> Tensor:
-    """One advantage per component [B, R], then their weighted sum, or mean over R. A missing component adds 0.
+    """One advantage per component [B, R], then their weighted sum, mean over R, or soft minimum. Missing ones add 0.
 
     Keeps distinctions that vanish when rewards are summed first: (0, 1) and (1, 0) have the same total.
-    Source: GDPO, arXiv 2601.05242; BNPO's advantage decomposition, arXiv 2506.02864.
+    Source: GDPO, arXiv 2601.05242; BNPO's advantage decomposition, arXiv 2506.02864; RVPO's soft minimum.
     """
     factor = component_weights if weights is None else components.new_tensor(weights)
     columns = torch.stack([estimate(column) for column in components.unbind(1)], dim=1)
-    total = (torch.where(torch.isnan(components), torch.zeros_like(columns), columns) * factor).sum(1)
+    there = ~torch.isnan(components)
+    if reduce == "softmin":
+        return soft_minimum(columns, torch.where(there, factor, torch.zeros_like(columns)), sharpness)
+    total = (torch.where(there, columns, torch.zeros_like(columns)) * factor).sum(1)
     return total if reduce == "sum" else total / components.shape[1]
+
+
+def soft_minimum(columns: Tensor, weights: Tensor, sharpness: float) -> Tensor:
+    """-(1/k) log sum_r w_r exp(-k Z_r) / sum w, [B] of columns and weights >= 0 [B, R]; k = 0 is the mean, no weight 0.
+
+    Source: RVPO, arXiv 2605.05750; weighted by us.
+    """
+    share = weights / torch.where(weights.sum(1, keepdim=True) > 0, weights.sum(1, keepdim=True), 1.0)
+    if sharpness == 0:
+        return (share * columns).sum(1)
+    exponents = torch.where(weights > 0, -sharpness * columns + share.log(), -torch.inf)
+    return torch.where((weights > 0).any(1), -exponents.logsumexp(1) / sharpness, torch.zeros_like(columns[:, 0]))
 
 
 # Whitening: advantages [B, T] constant along a row for `sequence`; `member` [B, T] are valid tokens of scored rows.

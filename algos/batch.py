@@ -63,7 +63,10 @@ class Batch:
     bootstrap: Tensor | None = None  # [B] value after the last token; 0 where the episode ended
     answers: Tensor | None = None  # [B] int64, equal for equal final answers; "no answer" is a class of its own
     accuracy: Tensor | None = None  # [B] raw correctness for filters; absent: the rewards before shaping
-    reward_weights: Tensor | None = None  # [R] weights of the components; absent: 1 each
+    reward_weights: Tensor | None = None  # [R] or [B, R] weights of the components; absent: 1 each
+    extra_reward: Tensor | None = None  # [B] one more component for the advantages, no part of the totals
+    extra_weight: float = 0.0  # its weight
+    advantage_scale: float = 1.0  # factor of the finished advantages
     tempered_logprobs: Tensor | None = None  # [B, T] of the learner before this step, at `tempering` x the temperature
     divergence: Tensor | None = None  # [B, T] how far the group's next-token distributions are apart at this position
     prompts: tuple[str, ...] = ()  # of each row: a name of its prompt that is the same in every pass over the data
@@ -127,7 +130,7 @@ class Batch:
 
     @property
     def component_weights(self) -> Tensor:
-        """[R], 1 each unless given."""
+        """[R] or [B, R], 1 each unless given."""
         return torch.ones_like(self.rewards[0]) if self.reward_weights is None else self.reward_weights
 
     @property
@@ -140,9 +143,14 @@ class Batch:
         changed: dict[str, object] = {"channels": tuple(channel.rows(index) for channel in self.channels)}
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, Tensor) and f.name not in _STEP_LEVEL:
+            if isinstance(value, Tensor) and not self._of_step(f.name):
                 changed[f.name] = value[index]
         return replace(self, **changed)  # type: ignore[arg-type]
+
+    def _of_step(self, name: str) -> bool:
+        """Whether a field says something of the whole step rather than of each row."""
+        weights = self.reward_weights
+        return name == "kl_coef" or (name == "reward_weights" and weights is not None and weights.dim() == 1)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
@@ -151,9 +159,6 @@ class Batch:
         }
         moved["channels"] = tuple(Channel(c.advantages.to(device), c.weight.to(device)) for c in self.channels)
         return replace(self, **moved)  # type: ignore[arg-type]
-
-
-_STEP_LEVEL = {"reward_weights", "kl_coef"}
 
 
 def select(mask: Tensor, values: Tensor) -> Tensor:

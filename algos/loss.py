@@ -179,14 +179,16 @@ def _with_channels(method: Method, batch: Batch, **current: Tensor) -> Batch:
         return method.advantage(batch, **known)
 
     if method.combine and batch.rewards.dim() == 2:
-        result = method.combine(batch, components=batch.rewards, estimate=estimate)
+        components, weights = _with_extra(batch)
+        result = method.combine(batch, components=components, component_weights=weights, estimate=estimate)
     else:
         result = estimate(batch.totals)
     reads_rewards = {"rewards", "token_rewards"} & set(method.advantage.inputs)
     scored = ~torch.isnan(batch.totals) & alive if reads_rewards else torch.ones_like(alive)
     member = batch.mask & scored[:, None]
     if isinstance(result, list):
-        channels = [Channel(select(member, c.advantages), select(scored, c.weight)) for c in result]
+        scale = batch.advantage_scale
+        channels = [Channel(select(member, c.advantages) * scale, select(scored, c.weight)) for c in result]
         return replace(batch, channels=tuple(channels))
     if isinstance(result, WithReturns):
         # An unscorable row has no target: the critic is to stay where it is.
@@ -194,7 +196,21 @@ def _with_channels(method: Method, batch: Batch, **current: Tensor) -> Batch:
         batch, result = replace(batch, returns=targets), result.advantages
     raw = select(member, _broadcast(result.detach().double(), member))
     white = _whitened(method, result, raw, scored, member) if method.whiten else raw
+    white = white * batch.advantage_scale
     return replace(batch, channels=(Channel(white, torch.ones_like(white[:, 0])),))
+
+
+def _with_extra(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Components and weights [B, R], with the extra reward in front where there is one.
+
+    A row whose every component is missing has no extra one either: it must not be trained on that alone.
+    """
+    weights = batch.component_weights.expand(batch.rewards.shape)
+    if batch.extra_reward is None:
+        return batch.rewards, weights
+    extra = torch.where(torch.isnan(batch.rewards).all(1), torch.nan, batch.extra_reward.double())
+    share = torch.full_like(extra, batch.extra_weight)
+    return torch.column_stack([extra, batch.rewards]), torch.column_stack([share, weights])
 
 
 def _shaped(method: Method, batch: Batch, rewards: Tensor) -> dict[str, Tensor]:

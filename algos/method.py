@@ -9,7 +9,7 @@ marked `many` take a list. The name of a piece's plain part may be left out (`kl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -203,6 +203,26 @@ class Method:
             name: getattr(self, name) for name, allowed in SETTINGS.items() if getattr(self, name) != allowed[0]
         }
         return shown | {name: str(value) for name, value in settings.items()}
+
+
+def apart(method: Method, *, whiten: bool, by_std: bool, sharpness: float | None) -> Method:
+    """The method with an advantage of each reward component on its own, joined afterwards (`normalise_then_sum`).
+
+    by_std False divides by nothing; sharpness takes the soft minimum instead of the sum. Raises UserError for a method
+    whose advantage has no division to leave out.
+    """
+    options = {} if sharpness is None else {"reduce": "softmin", "sharpness": sharpness}
+    combine = Part("normalise_then_sum", combinations["normalise_then_sum"], options)
+    white = (method.whiten or Part("sequence", whitenings["sequence"], {})) if whiten else None
+    advantage = method.advantage
+    if not by_std:
+        if "scale" not in options_of(advantage.function):
+            raise UserError(
+                f"method: '{method.name}' has the advantage '{advantage.name}', which is not divided by a spread; "
+                "leave by_std: false out of the weighting, or choose the advantage `group`"
+            )
+        advantage = Part(advantage.name, advantage.function, {**advantage.options, "scale": "none"})
+    return replace(method, combine=combine, whiten=white, advantage=advantage)
 
 
 Choice = tuple[str, dict[str, Any]]

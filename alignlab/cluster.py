@@ -24,14 +24,21 @@ def here() -> dict[str, int]:
 def pools(config: RunConfig, gpus: int, *, sampling: bool = True) -> dict[str, Counter[str]]:
     """What each pool asks Ray for, for instance {"actors": {"CPU": 2}, "learner": {"CPU": 1, "GPU": 1}}.
 
+    The pool `rewards` is there where a component wants a model.
+
     `gpus` of the cluster decide what the device auto is. Without `sampling` (demonstrations) there are no actors.
     """
-    actors, learner = config.actors, config.learner
+    from rewards.pool import pooled
+
+    actors, learner, models = config.actors, config.learner, config.rewards.models
     on_gpu = {"cuda": True, "cpu": False, "auto": gpus > 0}
     parallel = actors.tensor_parallel
     engine = {"CPU": 1, "GPU": parallel} if on_gpu[actors.device] else {"CPU": actors.threads * parallel}
     rank = {"CPU": learner.threads} | ({"GPU": 1} if on_gpu[learner.device] else {})
+    model = {"CPU": 1, "GPU": 1} if on_gpu[models.device] else {"CPU": models.threads}
     bundles = {"actors": (actors.count if sampling else 0, engine), "learner": (learner.ranks, rank)}
+    if pooled(config):
+        bundles["rewards"] = (models.count, model)
     return {name: Counter({k: n * amount for k, amount in one.items()}) for name, (n, one) in bundles.items()}
 
 

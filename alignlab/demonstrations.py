@@ -26,9 +26,7 @@ class Demonstrations:
     def __init__(self, config: RunConfig, tokenizer: Any) -> None:
         column = config.data.completion_column
         if column is None:
-            raise UserError(
-                "the method learns from demonstrations: name their column with data.completion_column=..."
-            )
+            raise UserError("the method learns from demonstrations: name their column with data.completion_column=...")
         if tokenizer.eos_token_id is None:
             raise UserError(f"model.path {config.model.path}: its tokenizer has no end-of-sequence token (eos_token)")
         self._columns = [name for name in (column, config.data.rejected_column) if name is not None]

@@ -83,9 +83,9 @@ def _metric_rows() -> Iterator[tuple[str, tuple[str, ...]]]:
     import algos.metrics
     import alignlab.metrics
     import learner.metrics
-    import rewards.composer
+    import rewards.metrics
 
-    for table in (learner.metrics, rewards.composer, alignlab.metrics):
+    for table in (learner.metrics, rewards.metrics, alignlab.metrics):
         yield from ((name, tuple(texts)) for name, texts in table.METRICS.items())  # type: ignore[attr-defined]
     for name, metric in algos.metrics.METRICS.items():
         yield name, (metric.meaning, metric.healthy, metric.otherwise)

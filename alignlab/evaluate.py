@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,8 @@ from core.errors import UserError, nearest
 from core.loading import load_config, override, parse_config
 from core.schema import Group, GroupRequest, Sampling, sample_seed
 
+Score = Callable[[Group], Awaitable[Group]]
+
 
 class Actors(Protocol):
     """What evaluation needs of an actor pool."""
@@ -40,7 +43,8 @@ def grader(run: RunConfig) -> RewardsConfig:
     """The checker that rewards a run's answers grades them too, with the same idea of where an answer is."""
     theirs = [part for name, part in run.rewards.components.items() if part.get("fn", name) == "math_answer"]
     extract = {key: value for part in theirs for key, value in part.items() if key == "extract"}
-    return run.rewards.model_copy(update={"components": {"math_answer": extract}})
+    kept = {name: getattr(run.rewards, name) for name in ("workers", "timeout", "memory_gib", "max_failed")}
+    return RewardsConfig(components={"math_answer": extract}, **kept)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def job(
 
 
 async def evaluate(
-    job: Job, tokenizer: Any, actors: Actors, grade: Callable[[Group], Any], folder: Path, about: Mapping[str, Any]
+    job: Job, tokenizer: Any, actors: Actors, grade: Score, folder: Path, about: Mapping[str, Any]
 ) -> Evaluation:
     """Sample every problem, grade it, write `folder`/<name>.jsonl and <name>.summary.json.
 
@@ -122,23 +126,55 @@ class Evaluator:
         longest = config.eval.max_tokens or config.rollout.max_tokens
         self._jobs = [job(name, b, rows, config, config.data, longest) for name, (b, rows) in plan.benchmarks.items()]
 
-    async def run(self, actors: Actors, folder: Path, version: int) -> dict[str, float]:
-        """Evaluate all benchmarks of the config; prints a line each, returns eval/* metrics."""
+    async def run(
+        self, actors: Actors, folder: Path, version: int, score: Score | None = None
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Evaluate all benchmarks of the config; prints a line each. Returns eval/* metrics, and what policies look at.
+
+        score: the run's rewards, by which completions are scored too. The second result holds the means of all columns
+        over all benchmarks, and benchmark/accuracy.
+        """
         from rewards.composer import Composer
 
         if not self._jobs:
-            return {}
+            return {}, {}
         metrics: dict[str, float] = {}
+        means: dict[str, float] = {}
+        scored: dict[str, list[Group]] = {}
         started, composer = time.monotonic(), Composer(self._grader)
         try:
             for each in self._jobs:
+                grade = _graded(composer.score, score, scored.setdefault(each.name, []))
                 about = {"model": self._model, "version": version}
-                result = await evaluate(each, self._tokenizer, actors, composer.score, folder, about)
+                result = await evaluate(each, self._tokenizer, actors, grade, folder, about)
                 print(f"eval after {version} steps: {result.line()}")
                 metrics |= result.metrics()
+                metrics |= {f"eval/{each.name}/reward/{n}": m for n, m in column_means(scored[each.name]).items()}
+                if math.isfinite(result.accuracy):
+                    means[f"{each.name}/accuracy"] = result.accuracy
         finally:
             await composer.close()
-        return metrics | {"time/eval": time.monotonic() - started}
+        means |= column_means([group for groups in scored.values() for group in groups])
+        return metrics | {"time/eval": time.monotonic() - started}, means
+
+
+def _graded(grade: Score, score: Score | None, scored: list[Group]) -> Score:
+    async def both(group: Group) -> Group:
+        if score is not None:
+            scored.append(await score(group))
+        return await grade(group)
+
+    return both
+
+
+def column_means(groups: Sequence[Group]) -> dict[str, float]:
+    """Mean of each column over the completions that have it."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for group in groups for name in group.columns):
+        values = [v for group in groups for v in group.columns.get(name, ()) if math.isfinite(v)]
+        if values:
+            found[name] = math.fsum(values) / len(values)
+    return found
 
 
 # ---------------------------------------------------------------- the verb `eval`

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignlab.warnings import warnings
 from core.schema import Group
 
 
@@ -59,6 +60,11 @@ METRICS: dict[str, Meaning] = {
     ),
     "eval/<benchmark>/length_mean": Meaning("tokens per completion", "as in training", "see completion/length_mean"),
     "eval/<benchmark>/truncated": Meaning("share cut off by the length limit", "below 0.05", "raise eval.max_tokens"),
+    "eval/<benchmark>/reward/<objective>": Meaning(
+        "mean of the objective, as shaped, over the evaluation; where the weighting policy looks at evaluations",
+        "as reward/<objective>",
+        "it stays behind: the reward is overfitted to the training prompts",
+    ),
     "eval/<benchmark>/unscored": Meaning("completions without a verdict, left out", "0", "read the details in evals/"),
     "eval/<benchmark>/tokens_per_second": Meaning("sampling speed of the evaluation", "steady", "actors.max_num_seqs"),
     "time/step": Meaning(
@@ -68,6 +74,11 @@ METRICS: dict[str, Meaning] = {
         "seconds the learner waited for scored groups",
         "small when max_staleness > 0",
         "add actors or raise rollout.max_staleness",
+    ),
+    "time/weigh": Meaning(
+        "seconds for columns and weights: rewards with state, the gradients' agreement",
+        "far below time/train",
+        "rewards with state are scored one group after the other: make them fast",
     ),
     "time/train": Meaning("seconds in the learner's step", "steady", "add learner ranks"),
     "time/publish": Meaning("seconds until every actor served the new version", "far below time/step", "use nccl"),
@@ -82,6 +93,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._folder = folder
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         purge = first_step + 1 if first_step else None
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
@@ -111,6 +123,14 @@ class MetricsWriter:
                 self._board.add_histogram(f"completion/{name}", np.asarray(values), step)
         if pair := _best_and_worst(rows):
             self._board.add_text("completion/best and worst of a group", "\n\n---\n\n".join(map(_markdown, pair)), step)
+
+    def warn(self, step: int, metrics: Mapping[str, float], run: Path) -> list[str]:
+        """What a person must be told of a step beside its line, each kept as a line of warnings.jsonl."""
+        found = warnings(metrics, run)
+        if found:
+            with (self._folder / "warnings.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step, **w._asdict()}) + "\n" for w in found)
+        return [f"warning {w.name}: {w.text}; {w.advice}" for w in found]
 
     def close(self) -> None:
         """Flush and close both."""
@@ -166,25 +186,15 @@ def step_line(step: int, steps: int, metrics: Mapping[str, float], eta_seconds: 
     return f"step {step:>{len(str(steps))}}/{steps}  {'  '.join(numbers)}  eta {minutes}:{seconds:02d}"
 
 
-def warnings(metrics: Mapping[str, float], run: Path) -> list[str]:
-    """What a person must be told of a step beside its line."""
-    found = []
-    if metrics.get("optim/skipped", 0) > 0:
-        found.append(
-            f"{metrics['optim/skipped']:g} update(s) skipped: loss or gradient was not finite; the batch is in "
-            f"{run / 'skipped'}, the weights stayed as they were"
-        )
-    if metrics.get("optim/empty", 0) > 0:
-        found.append(
-            f"{metrics['optim/empty']:g} update(s) had nothing to train on: every completion was filtered, rejected or "
-            "empty; see policy/filtered and policy/rejected"
-        )
-    return found
+def rollout_rows(
+    step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]], kl: Sequence[float] | None = None
+) -> list[dict[str, Any]]:
+    """The lines of a rollouts file: one per completion, every reward component a column of its own.
 
-
-def rollout_rows(step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """The lines of a rollouts file: one per completion, every reward component a column of its own."""
+    kl: of each completion to the reference, in the order of the rows.
+    """
     rows = []
+    each = iter(kl or ())
     for group, row in zip(groups, advantages, strict=True):
         for i, completion in enumerate(group.completions):
             scores = {name: column[i] for name, column in group.components.items()}
@@ -198,9 +208,14 @@ def rollout_rows(step: int, groups: Sequence[Group], advantages: Sequence[Sequen
                     "completion": completion.text,
                     "components": {name: _number(score.value) for name, score in scores.items()},
                     "missing": {name: f"{s.status}: {s.detail}" for name, s in scores.items() if s.status != "ok"},
+                    "references": {name: list(map(_number, own)) for name, own in group.references.items()},
+                    "columns": {name: _number(column[i]) for name, column in group.columns.items()},
+                    "weights": {name: column[i] for name, column in group.weights.items()},
                     "total": _number(group.totals[i]) if group.totals else None,
                     "greedy_total": _number(group.greedy.totals[0]) if group.greedy and group.totals else None,
                     "advantage": _number(row[i]),
+                    "kl": next(each, None),
+                    "source": group.prompt.columns.get("source"),
                     "tokens": len(completion.token_ids),
                     "finish_reason": completion.finish_reason,
                     "versions": sorted(set(completion.versions)),

@@ -83,7 +83,7 @@ def make_plan(config: RunConfig) -> Plan:
     method = _resolve(config)
     rows, problems = loaded or _load(config)
     if config.rewards.components:
-        from rewards.composer import check_components, check_data
+        from rewards.components import check_components, check_data
 
         check_data(check_components(config.rewards), rows[0])
     return Plan(absolute(config), method, problems, rows)
@@ -246,7 +246,7 @@ def _put(section: Any, option: str, value: Any) -> Any:
 
 # ---------------------------------------------------------------- rewards, and the plan as text
 def _check_rewards(config: RunConfig, demonstrations: bool) -> None:
-    from rewards.composer import check_components
+    from rewards.composer import Composer
 
     if demonstrations:
         if config.data.completion_column is None:
@@ -268,7 +268,12 @@ def _check_rewards(config: RunConfig, demonstrations: bool) -> None:
             "rewards.components: a run needs at least one, for instance rewards.components.math_answer={weight: 1.0}; "
             "`alignlab ls rewards` lists them"
         )
-    check_components(config.rewards)
+    needs = Composer(config.rewards, steps=config.steps).needs
+    if "validation" in needs and not (config.eval.every and config.eval.benchmarks):
+        raise UserError(
+            "rewards.weighting: this policy (or search) learns from evaluations during the run; name eval.benchmarks "
+            "and set eval.every, for instance eval.every=10"
+        )
     if config.rewards.accuracy is not None and config.rewards.accuracy not in config.rewards.components:
         raise UserError(
             f"rewards.accuracy: there is no component '{config.rewards.accuracy}'; "
@@ -298,6 +303,8 @@ def describe(plan: Plan) -> str:
     else:
         overlap = "on-policy" if r.max_staleness == 0 else f"up to {r.max_staleness} updates behind"
         weights = ", ".join(f"{name} x {part.get('weight', 1.0):g}" for name, part in c.rewards.components.items())
+        policy = c.rewards.weighting.get("policy")
+        weights += "" if policy == "static" else f", weighed by {policy}"
         lines += [
             f"actors    {c.actors.count} on {c.actors.device}, tensor parallel {c.actors.tensor_parallel}, {overlap}",
             f"rewards   {weights}",

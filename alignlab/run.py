@@ -1,7 +1,7 @@
 """THE loop. The coordinator decides, this file executes; a batch goes from top to bottom:
 
-    prompts -> actors -> rewards -> learner -> weights -> actors
-      _generate   _poll     _score     _train      _publish
+    prompts -> actors -> rewards -> weights of rewards -> learner -> weights -> actors
+      _generate   _poll     _score        _weigh           _train     publish
 
 Synchronous and overlapped runs, and runs on demonstrations, are this same code with other numbers and other parts.
 """
@@ -16,11 +16,11 @@ from typing import Any
 
 from actors.pool import ActorLost
 from alignlab import coordinator as c
-from alignlab.metrics import MetricsWriter, group_metrics, rollout_rows, step_line, warnings
+from alignlab.metrics import MetricsWriter, group_metrics, rollout_rows, step_line
 from alignlab.plan import Plan
 from alignlab.prompts import PromptStream
 from alignlab.run_dir import RunDir
-from core.schema import Group, GroupRequest, group_id, sample_seed
+from core.schema import Group, GroupRequest, Mixture, group_id, sample_seed
 from rewards.math_answer import final_answer
 
 Say = Callable[[str], None]
@@ -35,7 +35,8 @@ class Run:
     """One run on parts that are ready. Tests hand in fakes.
 
     actors: `actors.pool.ActorPool` or `alignlab.demonstrations.Demonstrations`. publish(version) makes the actors serve
-    the learner's weights; evaluate(step) evaluates and returns metrics. Both are called between steps.
+    the learner's weights; evaluate(step) evaluates and returns metrics, and the means that weighting policies look at.
+    Both are called between steps.
     """
 
     plan: Plan
@@ -46,7 +47,7 @@ class Run:
     composer: Any
     learner: Any
     publish: Callable[[int], Awaitable[None]]
-    evaluate: Callable[[int], Awaitable[dict[str, float]]]
+    evaluate: Callable[[int], Awaitable[tuple[dict[str, float], dict[str, float]]]]
     writer: MetricsWriter
     saved: int = -1  # the step whose checkpoint is on disk; -1 for none
     say: Say = print
@@ -183,45 +184,62 @@ class Run:
     async def _train(self, step: int, ordinals: Sequence[int]) -> None:
         """Train on a batch, serve the new weights, write down what happened. `step` counts from 0."""
         self._training = True
-        groups = [self._groups.pop(ordinal) for ordinal in ordinals]
+        groups, mixture = [self._groups.pop(ordinal) for ordinal in ordinals], Mixture()
         version, times = step + 1, {"time/wait_groups": time.monotonic() - self._step_ended}
         metrics = group_metrics(groups, version=step)
-        if not self.plan.demonstrations:
-            groups = self.composer.weigh(groups)
-            metrics |= self.composer.metrics(groups)
+        with _timed(times, "time/weigh"):
+            if not self.plan.demonstrations:
+                groups, mixture = await self._weigh(groups, step)
+                metrics |= self.composer.metrics(groups)
         with _timed(times, "time/train"):
-            result = await self.learner.step(groups, version=step)
+            result = await self.learner.step(groups, step, mixture)
         with _timed(times, "time/publish"):
             await self.publish(version)
-        self._write(version, groups, result, metrics, times)
-        config = self.plan.config
-        if config.checkpoint.every and version % config.checkpoint.every == 0:
+        times["time/step"] = time.monotonic() - self._step_ended
+        rates, means = self.actors.metrics(), await self._evaluate(version)
+        if not self.plan.demonstrations:
+            metrics |= self.composer.learn(result.kl, means)
+        self._write(version, groups, result, metrics | times | rates)
+        if (every := self.plan.config.checkpoint.every) and version % every == 0:
             await self._checkpoint(version)
-        if config.eval.every and version % config.eval.every == 0 and version < config.steps:
-            self.writer.write(version, await self.evaluate(version))
         self.actors.metrics()  # what was sampled for the evaluation is no rollout
         self._step_ended, self._training = time.monotonic(), False
         self._tell(c.StepDone(step))
 
-    def _write(
-        self, step: int, groups: list[Group], result: Any, metrics: dict[str, float], times: dict[str, float]
-    ) -> None:
-        seconds = time.monotonic() - self._step_ended
-        self._step_seconds = [*self._step_seconds[-19:], seconds]
+    async def _weigh(self, groups: list[Group], step: int) -> tuple[list[Group], Mixture]:
+        """The groups with the columns, weights and totals of this step, and how the learner joins them."""
+        groups = await self.composer.columns(groups, step)
+        if "gram" not in self.composer.needs:
+            return self.composer.weigh(groups)
+        # The learner compares the gradients of the columns that weigh; their weights are not known yet.
+        blank = {name: () for name in self.composer.objectives}
+        gram, lr = await self.learner.gram([replace(group, weights=blank) for group in groups])
+        return self.composer.weigh(groups, gram, lr)
+
+    async def _evaluate(self, version: int) -> dict[str, float] | None:
+        """The evaluation that is due after this step, written down; its means for the weighting policy, or none."""
+        config = self.plan.config
+        if not config.eval.every or version % config.eval.every or version >= config.steps:
+            return None
+        metrics, means = await self.evaluate(version)
+        self.writer.write(version, metrics)
+        return means
+
+    def _write(self, step: int, groups: list[Group], result: Any, metrics: dict[str, float]) -> None:
+        self._step_seconds = [*self._step_seconds[-19:], metrics["time/step"]]
         counts = self.coordinator.counts
-        metrics |= result.metrics | times | self.actors.metrics()
-        metrics["time/step"] = seconds
+        metrics |= result.metrics
         if self._checkpoint_seconds is not None:
             metrics["time/checkpoint"], self._checkpoint_seconds = self._checkpoint_seconds, None
         metrics["rollout/retried"], metrics["rollout/refused"] = counts["retried"], counts["refused"]
         metrics["rollout/dropped"] = self.coordinator.tally()["dropped"]
         self.writer.write(step, metrics)
-        rows = rollout_rows(step, groups, result.advantages)
+        rows = rollout_rows(step, groups, result.advantages, result.kl)
         self.run_dir.write_rollouts(step, rows)
         self.writer.rollouts(step, rows)
         steps, mean = self.plan.config.steps, sum(self._step_seconds) / len(self._step_seconds)
         self.say(step_line(step, steps, metrics, (steps - step) * mean))
-        for line in warnings(metrics, self.run_dir.path):
+        for line in self.writer.warn(step, metrics, self.run_dir.path):
             self.say(f"  {line}")
 
     async def _checkpoint(self, step: int) -> None:

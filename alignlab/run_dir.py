@@ -4,6 +4,7 @@ runs/<name>/config.yaml        the resolved config; `alignlab train` runs it aga
             environment.json   versions, machine, command
             metrics.jsonl      one line a step and one an evaluation: {"step": 3, "reward/total": 0.4, ...}
             tensorboard/       the same numbers
+            warnings.jsonl     what a person should know of a step
             rollouts/step-000003.jsonl   one line a completion: text, components, advantage
             evals/             per-problem rows and a summary of every evaluation
             checkpoints/step-000020/     model/ (a Hugging Face folder), trainer/, run.json (written last)
@@ -120,11 +121,11 @@ class RunDir:
         for path in (self.path / "rollouts").glob("step-*.jsonl"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
-        metrics = self.path / "metrics.jsonl"
-        if metrics.exists():
-            # A line that a crash cut off is no record: the step it belongs to is done again.
-            lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            write_atomically(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        for path in (self.path / "metrics.jsonl", self.path / "warnings.jsonl"):
+            if path.exists():
+                # A line that a crash cut off is no record: the step it belongs to is done again.
+                lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
     # ------------------------------------------------------------ checkpoints
     def begin_checkpoint(self, step: int) -> Path:

@@ -73,20 +73,24 @@ async def _train(
     from alignlab.handoff import Handoff
     from learner.pool import LearnerPool
     from rewards.composer import Composer
+    from rewards.pool import ModelPool
 
     config = plan.config
     first = checkpoint.step if checkpoint else 0
     run_dir.forget_after(first)
     async with AsyncExitStack() as stack:
-        composer = Composer(config.rewards)
+        models = ModelPool(config, run_dir.path / "logs")
+        composer = Composer(config.rewards, steps=config.steps, models=models)
         stack.push_async_callback(composer.close)
+        stack.push_async_callback(models.close)
         if plan.demonstrations:
             actors: Any = Demonstrations(config, tokenizer)
             learner = await LearnerPool.start(config, run_dir.path)
         else:
             actors = ActorPool(config, run_dir.path / "logs")
             stack.push_async_callback(actors.close)
-            learner = await _both(LearnerPool.start(config, run_dir.path), actors.start())
+            learning = LearnerPool.start(config, run_dir.path, reference="kl" in composer.needs)
+            learner = await _together(learning, actors.start(), models.start())
         stack.push_async_callback(learner.close)
         coordinator = Coordinator(
             prompts=config.rollout.prompts,
@@ -103,25 +107,29 @@ async def _train(
 
         publish = _nothing if plan.demonstrations else Handoff(learner, actors)
 
-        async def evaluate(version: int) -> dict[str, float]:
-            return await evaluator.run(actors, run_dir.path / "evals" / f"step-{version:06d}", version)
+        async def evaluate(version: int) -> tuple[dict[str, float], dict[str, float]]:
+            folder = run_dir.path / "evals" / f"step-{version:06d}"
+            scored = composer.score if "validation" in composer.needs else None
+            return await evaluator.run(actors, folder, version, scored)
 
         saved = checkpoint.step if checkpoint else -1
         run = Run(plan, run_dir, coordinator, prompts, actors, composer, learner, publish, evaluate, writer, saved)
         await publish(first)
         if first == 0:
-            writer.write(0, await evaluate(0))
+            metrics, means = await evaluate(0)
+            writer.write(0, metrics)
+            composer.begin(means)
         with _ctrl_c(run):
             await run.loop()
         if coordinator.version >= config.steps:
-            writer.write(coordinator.version, await evaluate(coordinator.version))
+            writer.write(coordinator.version, (await evaluate(coordinator.version))[0])
         return coordinator.version
 
 
-async def _both(learner: Coroutine[Any, Any, LearnerPool], actors: Coroutine[Any, Any, None]) -> LearnerPool:
-    """Start both pools side by side; if one cannot start, nothing of the learner stays behind."""
-    pool, problem = await asyncio.gather(learner, actors, return_exceptions=True)
-    for error in (pool, problem):
+async def _together(learner: Coroutine[Any, Any, LearnerPool], *others: Coroutine[Any, Any, None]) -> LearnerPool:
+    """Start the pools side by side; if one cannot start, nothing of the learner stays behind."""
+    pool, *problems = await asyncio.gather(learner, *others, return_exceptions=True)
+    for error in (pool, *problems):
         if isinstance(error, BaseException):
             if not isinstance(pool, BaseException):
                 await pool.close()

@@ -129,11 +129,49 @@ class ActorsConfig(Section):
     """Seconds an actor may take to verify and load a new version; over NCCL, joining and the broadcast together."""
 
 
+class RewardModelsConfig(Section):
+    """The third pool: processes that hold reward models and judges."""
+
+    count: Positive = 1
+    """Processes; each holds every component that wants a model, and they score side by side."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where they run; auto is cuda when the cluster has GPUs."""
+    threads: Positive = 1
+    """Compute threads of each on CPU."""
+    batch: Positive = 64
+    """Completions that are handed over at once, of as many groups as are waiting."""
+    timeout: PositiveFloat = 120.0
+    """Seconds such a batch may take; then its completions are `timeout` and the process is replaced."""
+    start_timeout: PositiveFloat = 600.0
+    """Seconds a process may take to load its models."""
+
+
+class AlarmConfig(Section):
+    """When a component that is kept out of the reward says that the reward is being gamed."""
+
+    window: Positive = 5
+    """Steps over which both are averaged."""
+    margin: NonNegative = 0.02
+    """How far the gold component may fall below its peak while the objectives are above theirs."""
+    stop: bool = False
+    """Stop the run at the alarm, instead of saying it."""
+
+
 class RewardsConfig(Section):
     components: dict[str, dict[str, Any]] = {}
-    """Name -> {weight: 1.0, fn: name or my_rewards.py:function (default: the name), and the function's own options}."""
+    """Name -> {weight: 1.0, fn: name or my_rewards.py:function (default: the name), shape, bounds, keys, references,
+    members, and the function's own options}."""
+    weighting: dict[str, Any] = {"policy": "static"}
+    """{policy: name, and its options}: how much each component counts in each step (`alignlab ls weightings`)."""
+    threshold_search: dict[str, Any] | None = None
+    """Search for the thresholds of a constrained policy during the run: {gold: benchmark/accuracy, highest: ...}."""
+    gold: str | None = None
+    """Component that is scored and watched but never rewarded; the alarm compares the reward with it."""
+    alarm: AlarmConfig = AlarmConfig()
     accuracy: str | None = None
     """Component that filters judge (dynamic sampling looks at correctness, not at style); none is the total."""
+    renormalize_missing: bool = False
+    """Rescale the sum of a completion that lacks components to the weight of all of them."""
     workers: Positive = 1
     """Processes that score; each can be killed without harm to the run."""
     timeout: PositiveFloat = 10.0
@@ -142,6 +180,7 @@ class RewardsConfig(Section):
     """Memory one scoring process may take."""
     max_failed: Share = 0.5
     """Share of a step's completions that a component may fail to score (timeout, error) before the run stops."""
+    models: RewardModelsConfig = RewardModelsConfig()
 
 
 class SpikesConfig(Section):

@@ -103,8 +103,9 @@ class Score:
 class Group:
     """The completions of one prompt, filled by one stage after another.
 
-    `components[name][i]` is what component `name` says of completion i; `totals[i]` is their weighted sum, NaN when
-    the completion could not be scored at all.
+    `components[name][i]` is what component `name` says of completion i. `columns[name][i]` is the value of an
+    objective, made of the components and shaped, NaN where it is missing; `weights[name][i]` how much it counts.
+    `totals[i]` is their weighted sum, NaN when the completion could not be scored at all.
 
     >>> c = Completion((11, 2), (-0.1, -0.7), (0, 0), "5", "stop")
     >>> g = Group(id="g", prompt=Prompt(0, "2+3?", (5,), {"answer": "5"}), completions=(c, c))
@@ -120,6 +121,9 @@ class Group:
     attempt: int = 0
     actor: str = ""  # which actor sampled it
     components: Mapping[str, tuple[Score, ...]] = field(default_factory=dict)
+    references: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # component -> scores of other answers
+    columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     totals: tuple[float, ...] = ()
     answers: tuple[str, ...] = ()  # final answer of each completion, "" for none; for methods that compare them
     greedy: Group | None = None  # the greedy completion of the prompt, a group of one; for methods that ask for it
@@ -128,6 +132,23 @@ class Group:
     def tokens(self) -> int:
         """Generated tokens of all completions."""
         return sum(len(c.token_ids) for c in self.completions) + (self.greedy.tokens if self.greedy else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """How the learner joins the columns of a step into advantages: what a weighting policy decides beside the weights.
+
+    Not `apart`, the totals are the reward and the method does with them what it does with any reward.
+    """
+
+    apart: bool = False  # advantages of each column on its own, then their weighted sum
+    whiten: bool = True  # apart only: standardise the sum over the step
+    by_std: bool = True  # apart only: False centres each column in its group and divides by nothing
+    task: float = 0.0  # apart only: weight of one more column, minus the completion's KL to the reference
+    kl_mean: bool = False  # that KL per token instead of its sum
+    sharpness: float | None = None  # apart only: the soft minimum of the columns instead of their sum
+    scale: float = 1.0  # factor of the finished advantages
+    kl_coef: float | None = None  # coefficient of the KL term in the loss; none is the method's
 
 
 def group_id(run_seed: int, ordinal: int) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -133,14 +133,14 @@ class Micro:
 def collate(
     groups: Sequence[Group],
     device: torch.device | str = "cpu",
-    components: Mapping[str, float] | None = None,
+    apart: bool = False,
     baseline_column: str | None = None,
     accuracy: str | None = None,
 ) -> tuple[Batch, Sequences]:
     """The whole step as one batch, group after group, completion after completion.
 
-    `rewards` are the totals [B]; or, given the weights of the components, those apart [B, R]. `baselines` are read from
-    a column of the data; `accuracy` is the component that filters judge. Demonstrations bring neither log-probs nor
+    `rewards` are the totals [B]; or, `apart`, the columns [B, R] with their weights. `baselines` are read from a column
+    of the data; `accuracy` is the component that filters judge. Demonstrations bring neither log-probs nor
     versions nor totals: then `rollout_logprobs` and `versions` are None and `rewards` NaN.
     Raises ValueError when some completions bring log-probs and others do not, or a prompt is empty.
     """
@@ -164,7 +164,7 @@ def collate(
 
     from_engine = sampled == {True}
     numbers = [n for n, g in enumerate(groups) for _ in g.completions]
-    names = [_name(g.prompt.token_ids) for g in groups]
+    prompt_names = [_name(g.prompt.token_ids) for g in groups]
     batch = Batch(
         mask=rectangle([(True,) * len(c.token_ids) for c in completions], torch.bool),
         group=column(numbers, torch.int64),
@@ -172,11 +172,11 @@ def collate(
         truncated=column([c.truncated for c in completions], torch.bool),
         versions=rectangle([c.versions for c in completions], torch.int64) if from_engine else None,
         rollout_logprobs=rectangle([c.rollout_logprobs for c in completions], torch.float32) if from_engine else None,
-        prompts=tuple(name for name, g in zip(names, groups, strict=True) for _ in g.completions),
+        prompts=tuple(name for name, g in zip(prompt_names, groups, strict=True) for _ in g.completions),
     )
-    if apart := _scored_components(groups) if components else []:
-        values = [[g.components[n][i].value if n in g.components else math.nan for n in apart] for g, i in rows]
-        weights = [components.get(name, components.get(name.partition("/")[0], 1.0)) for name in apart]
+    if names := objectives(groups) if apart else []:
+        values = [[g.columns[n][i] for n in names] for g, i in rows]
+        weights = [[g.weights[n][i] for n in names] for g, i in rows]
         batch = replace(batch, rewards=column(values, torch.float64), reward_weights=column(weights, torch.float64))
     if accuracy is not None:
         batch = replace(batch, accuracy=column([g.components[accuracy][i].value for g, i in rows], torch.float64))
@@ -200,10 +200,9 @@ def _beside_rewards(
     return found
 
 
-def _scored_components(groups: Sequence[Group]) -> list[str]:
-    """Components that scored something, `name/key` each where a function returned several."""
-    names = dict.fromkeys(name for g in groups for name in g.components)
-    return [n for n in names if any(s.status == "ok" for g in groups for s in g.components.get(n, ()))]
+def objectives(groups: Sequence[Group]) -> list[str]:
+    """The columns that weigh, in their order: the same in all groups of a step."""
+    return list(groups[0].weights) if groups else []
 
 
 def _name(token_ids: tuple[int, ...]) -> str:

@@ -29,15 +29,17 @@ from torch import Tensor
 
 from algos.batch import Batch
 from algos.loss import advantages, late, loss, normalise, remember
-from algos.methods import Method
+from algos.method import Method
 from algos.metrics import derived
 from core.config import RunConfig
 from core.errors import UserError
-from core.schema import Group
+from core.schema import Group, Mixture
 from learner import checkpoint
 from learner.collate import Micro, Sequences, collate, split
-from learner.logprobs import divergences, sum_of_squares, tempered
+from learner.gram import gradients, gram, pulls
+from learner.logprobs import divergences, hidden_gradients, sum_of_squares, tempered
 from learner.metrics import Totals
+from learner.mixture import mixed, reference_kl
 from learner.model import Policy, Reader, as_published, full, load_policy, local, named_tensors
 from learner.optim import Optimizer, schedule
 from learner.ranks import Ranks
@@ -50,6 +52,8 @@ SUPPLIED = {"old", "early_old", "ref", "entropy", "entropy_grad", "late", "rollo
 SUPPLIED |= {"demonstrations", "preferences", "greedy", "answers", "baselines", "bootstrap", "critic", "values"}
 SUPPLIED |= {"credit", "token_scores", "sum_pi_sq", "tempered", "divergence"}
 
+PLAIN = Mixture()
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -57,19 +61,29 @@ class StepResult:
 
     metrics: name -> number; `learner.metrics.METRICS` says what each of the learner's own means.
     advantages: per group, per completion: the mean advantage over its trained tokens; NaN where nothing was trained.
+    kl: of each completion to the reference, in the order of the rows; none without a reference.
     """
 
     metrics: dict[str, float]
     advantages: list[list[float]]
+    kl: list[float] | None = None
 
 
 class Learner:
     """Policy, what is trained beside it, optimisers, the method's memory and the step counter of one rank."""
 
     def __init__(
-        self, config: RunConfig, method: Method, *, ranks: Ranks | None = None, skipped: Path | None = None
+        self,
+        config: RunConfig,
+        method: Method,
+        *,
+        ranks: Ranks | None = None,
+        skipped: Path | None = None,
+        reference: bool = False,
     ) -> None:
-        """Load the policy (and the reference if `method.needs` it). `ranks` None is one rank without a process group.
+        """Load the policy, and the reference if `method.needs` it or the rewards do (`reference`).
+
+        `ranks` None is one rank without a process group.
 
         skipped: folder below which the batch of an update with a non-finite loss or gradient is written
         (`step-N/`); None keeps no record. Raises UserError when the model cannot be loaded.
@@ -80,7 +94,7 @@ class Learner:
         self.ranks = ranks or Ranks()
         self.policy = self._load(config.model.path, checkpointing=config.learner.activation_checkpointing)
         self.reference: Policy | None = None
-        if "ref" in method.needs:
+        if "ref" in method.needs or reference:
             self.reference = self._load(config.model.reference or config.model.path)
             self.reference.requires_grad_(False)
         self.optimiser = Optimizer(
@@ -88,9 +102,6 @@ class Learner:
         )
         self.companions = load_companions(config, method.needs, self.ranks)
         self.taught = [field for need, (field, _) in ROLES.items() if need in method.needs]  # the others stay frozen
-        self.components: dict[str, float] | None = None
-        if "components" in method.needs:
-            self.components = {name: float(c.get("weight", 1.0)) for name, c in config.rewards.components.items()}
         self._memory: list[dict[str, Any]] = [{} for _ in method.memory]
         self._steps_done = 0
 
@@ -101,18 +112,18 @@ class Learner:
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
-    def step(self, groups: Sequence[Group], version: int) -> StepResult:
+    def step(self, groups: Sequence[Group], version: int, mixture: Mixture = PLAIN) -> StepResult:
         """One step of the method on `groups` (the same list on every rank). `version`: the weights' present version.
 
-        Groups of demonstrations have no rollout_logprobs, versions or totals.
+        mixture: how the groups' columns become advantages. Groups of demonstrations have no rollout_logprobs, versions
+        or totals.
         """
         started = time.perf_counter()
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        batch, sequences = self._before(groups, version)
+        method, batch, sequences = self._before(groups, version, mixture)
         before = time.perf_counter() - started
-        options, totals = self.config.learner.optimizer, Totals()
-        factor = schedule(options.schedule, self._steps_done, self.config.steps, options.warmup_steps)
+        totals, factor = Totals(), self._factor()
         given = torch.full((len(batch.group),), math.nan, dtype=torch.float64, device=self.ranks.device)
         for number, rows in enumerate(self._minibatches(batch.group)):
             index, tokens = torch.tensor(rows, device=self.ranks.device), sequences.rows(rows)
@@ -121,7 +132,7 @@ class Learner:
                 # The weights are still the old ones. Saying so makes the ratio exactly 1; two passes that pack the rows
                 # differently agree only to rounding, and a sign(ratio - 1) in a loss would turn that into a gradient.
                 minibatch = replace(minibatch, old_logprobs=None)
-            minibatch = self._prepared(minibatch, tokens, totals)
+            minibatch = self._prepared(method, minibatch, tokens, totals)
             given[index] = _advantage(minibatch)
             self._update(minibatch, tokens, factor, totals, groups)
         self._steps_done += 1
@@ -129,26 +140,50 @@ class Learner:
             self._move_reference()
         elapsed = time.perf_counter() - started
         each = iter(given.tolist())
+        kl = reference_kl(batch)
         return StepResult(
-            self._metrics(totals, batch, factor, before, elapsed), [[next(each) for _ in g.completions] for g in groups]
+            self._metrics(totals, batch, factor, before, elapsed),
+            [[next(each) for _ in g.completions] for g in groups],
+            None if kl is None else kl.tolist(),
         )
+
+    def gram(self, groups: Sequence[Group]) -> tuple[list[list[float]], float]:
+        """Inner products [K, K] of the gradients of the groups' columns (`learner.gram`), and the learning rate."""
+        batch, sequences = collate(groups, self.ranks.device, apart=True)
+        pull, width = pulls(self.method, batch), self.policy.hf.config.hidden_size
+        read = ((micro, self.policy(micro, hidden_gradients)) for micro in self._share(sequences))
+        with torch.no_grad():
+            parts = (
+                (torch.tensor(m.rows, device=pull.device)[m.row], m.step, slopes, hidden)
+                for m, (slopes, hidden) in read
+                if m.rows
+            )
+            whole = self.ranks.sum(gradients(pull, parts, width))
+        return gram(whole), self.config.learner.optimizer.lr * self._factor()
+
+    def _factor(self) -> float:
+        """What the schedule makes of the learning rate in this step."""
+        options = self.config.learner.optimizer
+        return schedule(options.schedule, self._steps_done, self.config.steps, options.warmup_steps)
 
     def logprobs(self, groups: Sequence[Group]) -> tuple[Tensor, Batch]:
         """Log-probs [B, T] of the groups' completions under the present weights, and the batch they are laid out in."""
         batch, sequences = collate(groups, self.ranks.device)
         return self._without_gradient(self.policy, sequences, batch)[0], batch
 
-    def _before(self, groups: Sequence[Group], version: int) -> tuple[Batch, Sequences]:
-        """The step's batch with everything that is computed before its first update."""
+    def _before(self, groups: Sequence[Group], version: int, mixture: Mixture) -> tuple[Method, Batch, Sequences]:
+        """The step's batch with everything that is computed before its first update, and the method as it is mixed."""
         accuracy, baseline = self.config.rewards.accuracy, self.config.data.baseline_column
-        batch, sequences = collate(groups, self.ranks.device, self.components, baseline, accuracy)
+        columns = mixture.apart or "components" in self.method.needs
+        batch, sequences = collate(groups, self.ranks.device, columns, baseline, accuracy)
         batch = self._measured(replace(batch, version=version, seed=self._seed("method")), sequences)
         batch, self._memory = remember(self.method, batch, self._memory)
         if "tempered" in self.method.needs:
             assert batch.tempering is not None  # checked with the method: a memory fills it
             hot, _ = self._without_gradient(self.policy, sequences, batch, tempered(batch.tempering))
             batch = replace(batch, tempered_logprobs=hot)
-        return advantages(self.method, batch), sequences
+        method, batch = mixed(self.method, batch, mixture)
+        return method, advantages(method, batch), sequences
 
     def _measured(self, batch: Batch, sequences: Sequences) -> Batch:
         """The batch with what passes without gradient say of it: old, reference and what else the method needs."""
@@ -177,9 +212,7 @@ class Learner:
     def _move_reference(self) -> None:
         """ref <- (1 - share) ref + share policy; both are sharded alike, so every rank moves its own parts."""
         assert self.reference is not None
-        for (_, ours), (_, theirs) in zip(
-            named_tensors(self.policy.hf), named_tensors(self.reference.hf), strict=True
-        ):
+        for (_, ours), (_, theirs) in zip(named_tensors(self.policy.hf), named_tensors(self.reference.hf), strict=True):
             local(theirs).lerp_(local(ours).to(theirs.dtype), self.config.model.reference_share)
 
     def _minibatches(self, group: Tensor) -> Iterator[list[int]]:
@@ -194,12 +227,12 @@ class Learner:
             groups = list(rows_of.values())
             yield from ([r for i in part.tolist() for r in groups[i]] for part in order if len(part))
 
-    def _prepared(self, minibatch: Batch, sequences: Sequences, totals: Totals) -> Batch:
+    def _prepared(self, method: Method, minibatch: Batch, sequences: Sequences, totals: Totals) -> Batch:
         """The minibatch with its denominators and, for methods that are late, what depends on current log-probs."""
-        if "late" not in self.method.needs:
-            return normalise(self.method, minibatch)
+        if "late" not in method.needs:
+            return normalise(method, minibatch)
         logprobs, _ = self._without_gradient(self.policy, sequences, minibatch)
-        known, minibatch = minibatch.metrics, late(self.method, minibatch, logprobs)
+        known, minibatch = minibatch.metrics, late(method, minibatch, logprobs)
         totals.add({name: pair for name, pair in minibatch.metrics.items() if known.get(name) is not pair})
         return minibatch
 

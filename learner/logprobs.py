@@ -61,9 +61,24 @@ def sum_of_squares(
     return (torch.cat([(p * p).sum(-1) for p in parts] or [hidden.new_zeros(0, dtype=torch.float32)]),)
 
 
-def divergences(
-    rows: Tensor, steps: Tensor, groups: Tensor, sizes: Mapping[int, int]
-) -> Callable[..., tuple[Tensor]]:
+@torch.no_grad()
+def hidden_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """d log p(target) / d hidden, [N, H] float32, and `hidden` itself: what a linear map before the head is told."""
+    parts = []
+    for part in _chunks(len(hidden), chunk):
+        z = _logits(hidden[part], weight, bias, head)
+        slope = _softcap_slope(z, head)
+        grad = -z.softmax(-1)
+        grad.scatter_add_(-1, targets[part, None], torch.ones_like(grad[:, :1]))
+        if slope is not None:
+            grad *= slope
+        parts.append((grad.mul_(head.scale / head.temperature).to(weight.dtype) @ weight).float())
+    return torch.cat(parts or [hidden.new_zeros(0, hidden.shape[1], dtype=torch.float32)]), hidden.float()
+
+
+def divergences(rows: Tensor, steps: Tensor, groups: Tensor, sizes: Mapping[int, int]) -> Callable[..., tuple[Tensor]]:
     """A reader of how far a group's distributions are apart at a target's position (`algos.tw_grpo`), [N] float32.
 
     rows, steps [N]: row and position of each target; groups [rows]: a number per row. All rows of a group are here but

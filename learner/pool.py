@@ -30,8 +30,8 @@ from torch import Tensor
 from algos.methods import resolve
 from core.config import RunConfig
 from core.errors import UserError
-from core.schema import Group
-from learner.learner import Learner, StepResult
+from core.schema import Group, Mixture
+from learner.learner import PLAIN, Learner, StepResult
 from learner.ranks import Ranks, own_device
 
 Result = TypeVar("Result")
@@ -53,8 +53,11 @@ class LearnerPool:
         self.config, self.run_dir, self.placement, self.workers = config, run_dir, placement, workers
 
     @classmethod
-    async def start(cls, config: RunConfig, run_dir: Path) -> LearnerPool:
-        """Place `learner.ranks` workers, connect them, load the model. UserError for the user's mistakes."""
+    async def start(cls, config: RunConfig, run_dir: Path, *, reference: bool = False) -> LearnerPool:
+        """Place `learner.ranks` workers, connect them, load the model, and the `reference` where rewards need it.
+
+        UserError for the user's mistakes.
+        """
         device = config.learner.device
         if device == "auto":
             device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
@@ -80,16 +83,20 @@ class LearnerPool:
         pool = cls(config, run_dir, placement, workers)
         try:
             address = (await pool._call("find an address", workers[:1], "address"))[0]
-            await pool._call("load the model", workers, "build", config, address, device)
+            await pool._call("load the model", workers, "build", config, address, device, reference)
         except BaseException:
             await pool.close()
             raise
         return pool
 
-    async def step(self, groups: Sequence[Group], version: int) -> StepResult:
+    async def step(self, groups: Sequence[Group], version: int, mixture: Mixture = PLAIN) -> StepResult:
         """`Learner.step` on all ranks; the groups travel once, through Ray's object store."""
-        results = await self._call("step", self.workers, "run", "step", ray.put(list(groups)), version)
+        results = await self._call("step", self.workers, "run", "step", ray.put(list(groups)), version, mixture)
         return results[0]
+
+    async def gram(self, groups: Sequence[Group]) -> tuple[list[list[float]], float]:
+        """`Learner.gram` on all ranks."""
+        return (await self._call("compare gradients", self.workers, "run", "gram", ray.put(list(groups))))[0]
 
     async def export(self, visit: Visit[Result]) -> Result:
         """`Learner.export` on all ranks; `visit(tensors, version)` runs on rank 0 and its result comes back.
@@ -175,11 +182,11 @@ class _Worker:
             s.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{s.getsockname()[1]}"
 
-    def build(self, config: RunConfig, address: str, device: str) -> None:
+    def build(self, config: RunConfig, address: str, device: str, reference: bool) -> None:
         torch.set_num_threads(config.learner.threads)
         ranks = Ranks.join(self.rank, config.learner.ranks, address, own_device(device), timeout=config.learner.timeout)
         method = resolve(config.method, context={"max_tokens": config.rollout.max_tokens})
-        self.learner = Learner(config, method, ranks=ranks, skipped=self.run_dir / "skipped")
+        self.learner = Learner(config, method, ranks=ranks, skipped=self.run_dir / "skipped", reference=reference)
 
     def run(self, method: str, *arguments: Any) -> Any:
         return getattr(self.learner, method)(*arguments)

@@ -120,6 +120,10 @@ class Multipliers:
     mu, xi, all: SGD on L(lambda), as in the vectors: g <- g min(1, max_grad_norm / (|g| + 1e-6)); buf <- g at the very
     first update, then momentum buf + g; lambda <- lambda - lr buf. projected: `dual_ascent`. Defaults are those of the
     released configuration, lambda starts at 0 (sigmoid: weight 0.5, tanh: 0); projected: lr 0.01, no cap.
+
+    proportional k (projected): the weight is clip(lambda + k e, 0, cap), e the latest violation. Ascent alone answers
+    late and then overshoots; this is the P of Stooke et al., "Responsive Safety in Reinforcement Learning by PID
+    Lagrangian Methods", arXiv 2007.03964 [paper]. smoothing s: e <- s e + (1 - s) (the violation of the step).
     """
 
     def __init__(
@@ -133,8 +137,12 @@ class Multipliers:
         max_grad_norm: float | None = 0.5,
         cap: float | None = None,
         senses: Mapping[str, Sense] | None = None,
+        proportional: float = 0.0,
+        smoothing: float = 0.0,
     ) -> None:
         self.names, self.kind = tuple(names), kind
+        self.proportional, self.smoothing = proportional, smoothing
+        self.violation = np.zeros(len(self.names))  # latest, smoothed; below 0 where there is room
         self.lr = (0.01 if kind == "projected" else 0.1) if lr is None else lr
         self.momentum, self.max_grad_norm, self.cap = momentum, max_grad_norm, cap
         self.senses: tuple[Sense, ...] = tuple((senses or {}).get(name, ">=") for name in names)
@@ -143,7 +151,10 @@ class Multipliers:
 
     def weights(self) -> dict[str, float]:
         """The weight of each constraint."""
-        return dict(zip(self.names, squashed(self.raw, self.kind).tolist(), strict=True))
+        raw = self.raw
+        if self.proportional:
+            raw = np.clip(raw + self.proportional * self.violation, 0.0, math.inf if self.cap is None else self.cap)
+        return dict(zip(self.names, squashed(raw, self.kind).tolist(), strict=True))
 
     def update(self, means: Mapping[str, float], thresholds: Mapping[str, float]) -> None:
         """One step from the measured means; a missing one has no gradient, but momentum still acts.
@@ -154,6 +165,9 @@ class Multipliers:
         theta = np.array([thresholds[name] for name in self.names], dtype=np.float64)
         if self.kind == "projected":
             self.raw = dual_ascent(self.raw, v, theta, self.senses, lr=self.lr, cap=self.cap)
+            sign = np.array([1.0 if sense == ">=" else -1.0 for sense in self.senses])
+            new = self.smoothing * self.violation + (1 - self.smoothing) * sign * (theta - v)
+            self.violation = np.where(np.isfinite(v), new, self.violation)
         else:
             g = gradient(self.raw, v, theta, self.kind)
             if self.max_grad_norm is not None:
@@ -165,12 +179,15 @@ class Multipliers:
 
     def state_dict(self) -> dict[str, Any]:
         buffer = None if self.buffer is None else dict(zip(self.names, self.buffer.tolist(), strict=True))
-        return {"raw": dict(zip(self.names, self.raw.tolist(), strict=True)), "buffer": buffer}
+        violation = dict(zip(self.names, self.violation.tolist(), strict=True))
+        return {"raw": dict(zip(self.names, self.raw.tolist(), strict=True)), "buffer": buffer, "violation": violation}
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow_new_objectives: bool = False) -> None:
         fits = {"allow_new_objectives": allow_new_objectives}
         raw = restored(state["raw"], self.names, **fits)
         self.raw = np.array([raw.get(name, old) for name, old in zip(self.names, self.raw.tolist(), strict=True)])
+        violation = restored(state["violation"], self.names, **fits)
+        self.violation = np.array([violation.get(name, 0.0) for name in self.names])
         buffer = None if state["buffer"] is None else restored(state["buffer"], self.names, **fits)
         self.buffer = None if buffer is None else np.array([buffer.get(name, 0.0) for name in self.names])
 
@@ -185,6 +202,7 @@ class Lagrange(Policy):
     objective without a threshold. kl_budget d: instead of being the task the KL is one more constraint, v_KL >= -d.
     kl_mean: KL per token; the sum rewards short completions. kl_coef: the KL stays in the loss with this coefficient
     (times (N - sum w) / N for mu and xi, whose task column then goes); kl_target adapts it (`AdaptiveKl`).
+    proportional, smoothing: an answer to the violation itself (projected; `Multipliers`).
     Raises UserError for thresholds of unknown objectives and options that do not go together.
     """
 
@@ -208,6 +226,8 @@ class Lagrange(Policy):
         kl_target: float | None = None,
         cap: float | None = None,
         senses: Mapping[str, Sense] | None = None,
+        proportional: float = 0.0,
+        smoothing: float = 0.0,
     ) -> None:
         super().__init__(names)
         for option, given in {"thresholds": thresholds, "task_weights": task_weights, "senses": senses}.items():
@@ -218,6 +238,7 @@ class Lagrange(Policy):
         free = {name: 1.0 for name in self.names if kind == "projected" and name not in thresholds}
         self.task_weights = free | dict(task_weights or {})
         options = {"init": init, "lr": lr, "momentum": momentum, "max_grad_norm": max_grad_norm, "cap": cap}
+        options |= {"proportional": proportional, "smoothing": smoothing}
         self.multipliers = Multipliers(tuple(self.thresholds), kind, senses=senses, **options)  # type: ignore[arg-type]
         self.kl = None if kl_coef is None else AdaptiveKl(init=kl_coef, target=kl_target)
         self._kl_is_task = kind in ("mu", "xi") and kl_budget is None
@@ -235,6 +256,7 @@ class Lagrange(Policy):
             "kl_target: it steers kl_coef, which is not given": kl_target is not None and self.kl is None,
             "kl_coef: the KL is a constraint already (kl_budget)": kl_budget is not None and self.kl is not None,
             "senses: only 'projected' has them": bool(senses) and self.kind != "projected",
+            "proportional: only 'projected' has it": self.multipliers.proportional != 0 and self.kind != "projected",
             "task_weights: the task is the KL (mu, xi without kl_budget) or all objectives (all)": (
                 bool(self.task_weights) and (self._kl_is_task or self.kind == "all")
             ),
@@ -268,12 +290,14 @@ class Lagrange(Policy):
         )
 
     def update(self, batch: StepBatch) -> dict[str, float]:
-        means = self._means(batch)
+        means, names = self._means(batch), self.multipliers.names
         if means is not None:
             self.multipliers.update(means, self.thresholds)
         if self.kl is not None:
             self.kl.update(_mean_kl(batch, self.kl_mean))
-        found = {f"weighting/{name}": weight for name, weight in self.multipliers.weights().items()}
+        found = {f"weighting/multiplier/{n}": v for n, v in zip(names, self.multipliers.raw.tolist(), strict=True)}
+        found |= {f"weighting/threshold/{name}": value for name, value in self.thresholds.items()}
+        found |= {f"weighting/measured/{n}": means[n] for n in names if means and math.isfinite(means.get(n, math.nan))}
         found["weighting/slow"] = float((np.abs(self.multipliers.raw) > SLOW).sum())
         return found | ({} if self.kl is None else {"weighting/kl_coef": self.kl.coef})
 

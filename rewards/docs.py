@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import rewards.composer
+import rewards.metrics
 from rewards.reward import rewards as registry
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "rewards.md"
@@ -19,7 +19,7 @@ def reward_table() -> str:
 
 def metric_table() -> str:
     """All metrics of the composer: meaning, healthy range, what to do."""
-    rows = [(f"`{name}`", *texts) for name, texts in rewards.composer.METRICS.items()]
+    rows = [(f"`{name}`", *texts) for name, texts in rewards.metrics.METRICS.items()]
     return _table(("metric", "meaning", "healthy", "otherwise"), rows)
 
 

@@ -194,11 +194,16 @@ class Hypervolume(Policy):
         mix = self.inner.weigh(batch)
         return replace(mix, scale=mix.scale * self.front.multiplier)
 
+    def begin(self, validation: Mapping[str, float]) -> None:
+        self.inner.begin(validation)
+        if self.front.reference is None:
+            self.front.observe(validation)
+
     def update(self, batch: StepBatch) -> dict[str, float]:
         found = self.inner.update(batch)
         if batch.validation is not None:
             self.front.observe(batch.validation)
-        return found | {"weighting/multiplier": self.front.multiplier, "weighting/hypervolume": self.front.volume}
+        return found | {"weighting/progress": self.front.multiplier, "weighting/hypervolume": self.front.volume}
 
     def state_dict(self) -> dict[str, Any]:
         return {"inner": self.inner.state_dict(), "front": self.front.state_dict()}
@@ -258,8 +263,7 @@ class Gradient(Policy):
                 self.sums[name] += value
         if self.steps % self.every == 0:
             self._step(batch.lr)
-        found = {f"weighting/influence/{n}": v for n, v in zip(batch.names, current.tolist(), strict=True)}
-        return found | {f"weighting/{name}": weight for name, weight in self.weights.items()}
+        return {f"weighting/influence/{n}": v for n, v in zip(batch.names, current.tolist(), strict=True)}
 
     def _step(self, lr: float) -> None:
         if self.used:

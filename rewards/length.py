@@ -1,23 +1,34 @@
 """Rewards for the length of a completion, in tokens with the end-of-sequence token.
 
 A length reward that also pays wrong answers teaches the policy to fail briefly. So those that depend on correctness
-here (`cosine_length`, `l1_max`, `kimi_length`) ask `math_answer.grade` themselves, and abstain where it does; the
-others go beside `math_answer` with a small weight. `gold_column` names the one that holds the right answer.
+here (`cosine_length`, `l1_exact`, `l1_max`, `kimi_length`, `traac_length`) ask `math_answer.grade` themselves, and
+abstain where it does; the others go beside `math_answer` with a small weight. `gold_column` names the one that holds
+the right answer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from core.errors import nearest
+from rewards import length_rules
 from rewards.math_answer import Extract, grade
 from rewards.reward import Column, rewards
+from rewards.templates import text_of
 
 Tokens = Annotated[int, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
+
+
+@rewards
+def tokens(completion_ids: Sequence[int], *, per: Tokens = 1) -> float:
+    """The number of tokens, divided by `per`: a measure for a constrained policy to keep below a ceiling, no reward."""
+    return len(completion_ids) / per
 
 
 @rewards
@@ -68,6 +79,29 @@ def cosine_length(
 
 
 @rewards
+def l1_exact(
+    completion: str,
+    completion_ids: Sequence[int],
+    *,
+    target: Tokens | Column,
+    alpha: Amount = 0.0003,
+    gold_column: Column = "answer",
+    extract: Extract = "marked",
+    **columns: Any,
+) -> float | None:
+    """1[correct] - alpha * |target - tokens|; target: a number of tokens, or the column that holds each prompt's.
+
+    Aggarwal and Welleck, "L1: Controlling How Long A Reasoning Model Thinks", https://arxiv.org/abs/2503.04697. There
+    the prompt says the target ("Think for 1024 tokens"), another for each prompt.
+    """
+    if isinstance(target, str) and target not in columns:
+        raise LookupError(f"the data has no column '{target}'; {nearest(target, columns)}")
+    wanted = float(columns[target]) if isinstance(target, str) else target
+    correct = _correct(completion, columns.get(gold_column), extract)
+    return None if correct is None else length_rules.l1_exact(correct, len(completion_ids), wanted, alpha=alpha)
+
+
+@rewards
 def l1_max(
     completion: str,
     completion_ids: Sequence[int],
@@ -107,10 +141,91 @@ def kimi_length(
     golds = columns.get(gold_column) or [None] * len(lengths)
     values: list[float | None] = []
     for text, right, tokens in zip(completions, golds, lengths, strict=True):
-        correct = _correct(text, right, extract)
+        correct = _correct(text_of(text), right, extract)
         place = 0.5 - (tokens - shortest) / spread if spread else 0.0
         values.append(None if correct is None else place if correct else min(0.0, place))
     return values
+
+
+@rewards
+class traac_length:
+    """d * max(linear, sigmoid) for a right answer, by the lengths of earlier right ones of its source and difficulty.
+
+    d is 1, 0.75 or 0.5 by the group's pass rate (0.8 easy, 0.3 medium). Wrong answers and the first step get 0. Without
+    `source_column` all prompts are one source. In TRAAC, arXiv 2510.01581, the total is 4 correct + 0.5 format + this.
+    State: the lengths, of `window` steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        gold_column: Column = "answer",
+        extract: Extract = "marked",
+        source_column: str | None = None,
+        window: Annotated[int, Field(gt=0)] = 10,
+    ) -> None:
+        self.gold_column, self.extract, self.source_column = gold_column, extract, source_column
+        self.reads = () if source_column is None else (source_column,)
+        self.past = length_rules.TraacLengths(window=window)
+        self.step: int | None = None
+        self.now: list[tuple[str, float, float]] = []  # this step's right ones: source, pass rate, tokens
+
+    def __call__(
+        self,
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        step: int,
+        **columns: Sequence[Any],
+    ) -> list[float | None]:
+        """The rewards of one prompt's completions; groups of one step do not see each other."""
+        if step != self.step:
+            if self.step is not None:
+                self.past.add(self.now)
+            self.step, self.now = step, []
+        golds = columns.get(self.gold_column) or [None] * len(completions)
+        correct = [_correct(text_of(c), gold, self.extract) for c, gold in zip(completions, golds, strict=True)]
+        known = [right for right in correct if right is not None]
+        if not known:
+            return [None] * len(completions)
+        source, pass_rate = self._source(columns), fmean(known)
+        lengths = [len(ids) for ids in completion_ids]
+        self.now += [(source, pass_rate, float(n)) for n, right in zip(lengths, correct, strict=True) if right]
+        return [
+            None if right is None else self.past.reward(tokens, right, source, pass_rate)
+            for tokens, right in zip(lengths, correct, strict=True)
+        ]
+
+    def _source(self, columns: Mapping[str, Sequence[Any]]) -> str:
+        if self.source_column is None:
+            return ""
+        if self.source_column not in columns:
+            raise LookupError(f"the data has no column '{self.source_column}'; {nearest(self.source_column, columns)}")
+        return str(columns[self.source_column][0])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "now": [list(row) for row in self.now], "past": self.past.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = state["step"]
+        self.now = [(source, pass_rate, tokens) for source, pass_rate, tokens in state["now"]]
+        self.past.load_state_dict(state["past"])
+
+
+@rewards
+class conciseness:
+    """1 if the completion is shorter than the mean length of all so far, its own group included, else 0.
+
+    Right or wrong, so weigh it against correctness. "Learning to Optimize Multi-Objective Alignment Through Dynamic
+    Reward Weighting", https://arxiv.org/abs/2509.11452. State: that mean and its count.
+    """
+
+    def __init__(self) -> None:
+        self._rule = length_rules.Conciseness()
+        self.state_dict = self._rule.state_dict
+        self.load_state_dict = self._rule.load_state_dict
+
+    def __call__(self, completions: Sequence[Any], completion_ids: Sequence[Sequence[int]]) -> list[float]:
+        return self._rule([len(ids) for ids in completion_ids])
 
 
 def _correct(completion: str, gold: object, extract: Extract) -> bool | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rewards.mixing import Mix, Order, StepBatch, compose, in_order
+from rewards.mixing import Mix, Order, StepBatch, compose
 from rewards.numeric import Floats, Ints, finite, mean, rows_of, std
 from rewards.parts import known, part, restored
 from rewards.weighting import Policy, weightings
@@ -120,7 +120,7 @@ class Covariance(Policy):
     """CTWA: an objective whose agreement with the composite advantage is below its target gains weight.
 
     ema_k <- (1 - tau) ema_k + tau v_k, v from `agreement` (the first value starts it); log w_k += lr max(0, target_k -
-    ema_k), after use. Weights only grow; sum_then_normalize makes their common size irrelevant, metrics show shares.
+    ema_k), after use. Weights only grow; sum_then_normalize makes their common size irrelevant.
     The authors measure against the clipped weight of the update, we against the advantage. State: log w, ema by name.
     """
 
@@ -156,10 +156,7 @@ class Covariance(Policy):
             if math.isfinite(value):  # what was not measured stays as it is
                 self.ema[name] = (1 - self.tau) * self.ema[name] + self.tau * value if name in self.ema else value
                 self.log_weights[name] += self.lr * max(0.0, self.targets[name] - self.ema[name])
-        weights = np.exp(in_order(self.log_weights, self.names))
-        shares = zip(self.names, (weights / weights.sum()).tolist(), strict=True)
-        found = {f"weighting/{name}": share for name, share in shares}
-        return found | {f"weighting/agreement/{name}": value for name, value in self.ema.items()}
+        return {f"weighting/agreement/{name}": value for name, value in self.ema.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"log_weights": dict(self.log_weights), "ema": {name: self.ema.get(name) for name in self.names}}

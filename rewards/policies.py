@@ -12,7 +12,11 @@
 | cv, softmin, tchebycheff, covariance | spread; the worst objective; the objective left behind | neighbours |
 """
 
-from rewards import constrained, dynamic, neighbours, recap, trust  # noqa: F401  (importing registers)
+import rewards.constrained
+import rewards.dynamic
+import rewards.neighbours
+import rewards.recap
+import rewards.trust  # noqa: F401  (importing registers)
 from rewards.weighting import Policy, build, weightings
 
 __all__ = ["Policy", "build", "weightings"]

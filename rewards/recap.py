@@ -83,7 +83,7 @@ class Recap(Policy):
         means = batch.means()
         losses = {n: 1 - (float(sigmoid(m)) if n in self.unbounded else m) for n, m in means.items()}
         moved = self.push(losses)
-        found = {f"weighting/{name}": weight for name, weight in self.weights.items()}
+        found = {}
         for name, move in moved.items():
             found[f"weighting/convergence/{name}"] = move.convergence
             found[f"weighting/instability/{name}"] = move.instability

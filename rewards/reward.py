@@ -18,6 +18,11 @@ are accepted and lead nowhere. Where the dataset has chat messages in a column `
 TRL passes: those messages as prompts, and `[{"role": "assistant", "content": text}]` as each completion.
 Coroutine functions are awaited.
 
+A class may stand in for a function: `__init__` takes the options, `__call__` the inputs. `prepare()`, if it has one,
+loads what is heavy, once in each process that scores. With `state_dict()` and `load_state_dict(state)` it is called
+group by group in the order of a step (whose number it may name as the input `step`), and its state (plain JSON) is part
+of the checkpoint. `pool = True` puts it into the pool of reward models (`rewards.pool`).
+
 A call returns a number; None says "I do not judge this one" (abstain); a mapping gives several components at once,
 `name/key` each (number or list, as the signature). An exception, NaN, infinity or anything else is an error. None of
 these is ever taken for 0.
@@ -73,6 +78,7 @@ class Samples:
     completions: list[str]
     completion_ids: list[list[int]]
     truncated: list[bool]
+    step: int = 0  # of the optimiser step that the group is scored for; known to rewards with state only
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,8 @@ class Reward:
     hidden: tuple[str, ...] = ()  # options of a user's function that the config leaves at their defaults
     prepare: Callable[[], None] | None = None
     """Called once in a scoring process before the first completion (imports, models); not counted as scoring time."""
+    pool: bool = False  # scored in the pool of reward models
+    keeper: Any = None  # the object whose state goes from group to group, in the order of the steps
 
     def needs(self, name: str) -> bool:
         """Whether the input `name` reaches the function."""
@@ -101,6 +109,7 @@ class Reward:
             "prompt": samples.prompt,
             "completion_ids": samples.completion_ids[index] if samples.completion_ids else None,
             "truncated": samples.truncated[index],
+            **self._step(samples),
         }
         try:
             return as_scores(self._call(samples.columns, own, samples.columns))
@@ -109,21 +118,41 @@ class Reward:
 
     def score_all(self, samples: Samples) -> list[Scores]:
         """Score the whole group in one call (batch signature). Never raises."""
-        count = len(samples.completions)
-        prompt, texts = _trl_texts(samples)
+        return self.score_groups([samples])[0]
+
+    def score_groups(self, groups: Sequence[Samples]) -> list[list[Scores]]:
+        """Score the completions of several prompts in one call (batch signature); if it fails, group by group.
+
+        Never raises.
+        """
+        sizes = [len(samples.completions) for samples in groups]
+        try:
+            scores = self._score_rows(groups, sum(sizes))
+        except BaseException as error:
+            if len(groups) > 1:
+                return [self.score_all(samples) for samples in groups]
+            return [[failed(error)] * sizes[0]]
+        rest = iter(scores)
+        return [[next(rest) for _ in range(size)] for size in sizes]
+
+    def _score_rows(self, groups: Sequence[Samples], count: int) -> list[Scores]:
+        chats = [_trl_texts(samples) for samples in groups]
+        names = dict.fromkeys(name for samples in groups for name in samples.columns)
+        columns = {n: [g.columns.get(n) for g in groups for _ in g.completions] for n in names}
         own = {
-            "completions": texts,
-            "prompts": [prompt] * count,
-            "completion_ids": samples.completion_ids,
+            "completions": [text for _, texts in chats for text in texts],
+            "prompts": [prompt for prompt, texts in chats for _ in texts],
+            "completion_ids": [ids for g in groups for ids in g.completion_ids],
+            **self._step(groups[0]),
             **_TRL_EXTRAS,
         }
-        try:
-            columns = {name: [value] * count for name, value in samples.columns.items()}
-            # TRL hands everything over by keyword, so a function may look for its prompts in **kwargs too.
-            rest = {**columns, **own}
-            return as_columns(self._call(columns, {**own, "truncated": samples.truncated}, rest), count)
-        except BaseException as error:
-            return [failed(error)] * count
+        # TRL hands everything over by keyword, so a function may look for its prompts in **kwargs too.
+        rest = {**columns, **own}
+        truncated = [cut for g in groups for cut in g.truncated]
+        return as_columns(self._call(columns, {**own, "truncated": truncated}, rest), count)
+
+    def _step(self, samples: Samples) -> dict[str, int]:
+        return {} if self.keeper is None else {"step": samples.step}
 
     def _call(self, columns: Mapping[str, Any], own: Mapping[str, Any], rest: Mapping[str, Any]) -> Any:
         """Call with the named inputs, ours before the dataset's, and with `rest` where the function takes **columns."""
@@ -152,28 +181,45 @@ def bind(fn: str, options: Mapping[str, Any], where: str, beside: tuple[str, ...
     name, a missing file or function, a signature that is neither of the two, an unknown, ill-typed or missing option.
     """
     users = ":" in fn
-    function = load_function(fn, where) if users else rewards.find(fn, where)
-    batch = _is_batch(function, fn, where)
-    parameters = inspect.signature(function).parameters.values()
+    made = load_function(fn, where) if users else rewards.find(fn, where)
+    parameters = _call_parameters(made, fn, where)
+    batch = _is_batch(parameters, fn, where)
     inputs = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    own_options = tuple(options_of(function))
+    own_options = tuple(options_of(made))
     required = tuple(p.name for p in inputs if p.default is p.empty)
-    naming = [p for p in options_of(function).values() if p.annotation in ("Column", "reward.Column")]
+    naming = [p for p in options_of(made).values() if p.annotation in ("Column", "reward.Column")]
     _check_names(fn, options, own_options, [p.name for p in inputs], where, beside)
+    function = functools.partial(made, **check_options(made, options, where))
+    keeper = None
+    if isinstance(made, type):
+        function = _instance(function, where)
+        keeper = function if hasattr(function, "state_dict") and hasattr(function, "load_state_dict") else None
     return Reward(
-        function=functools.partial(function, **check_options(function, options, where)),
+        function=function,
         batch=batch,
         inputs=tuple(p.name for p in inputs),
         required=required,
         columns=(
-            *(name for name in required if name not in _OWN),
+            *(name for name in required if name not in _OWN and not (name == "step" and keeper is not None)),
             *(options.get(p.name, p.default) for p in naming),
         ),
         everything=any(p.kind is p.VAR_KEYWORD for p in parameters),
         options=own_options,
         hidden=tuple(name for name in own_options if users and name not in options and name not in _TRL_EXTRAS),
-        prepare=getattr(function, "prepare", None),
+        prepare=getattr(function if isinstance(made, type) else made, "prepare", None),
+        pool=bool(getattr(made, "pool", False)),
+        keeper=keeper,
     )
+
+
+def _instance(make: Callable[[], Any], where: str) -> Any:
+    """The object of a class reward. What its __init__ raises is the user's to mend."""
+    try:
+        return make()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{where}: {describe_error(error)}") from error
 
 
 def _check_names(
@@ -235,16 +281,23 @@ def _load_module(path: Path) -> ModuleType:
     return module
 
 
-def _is_batch(function: Callable[..., Any], fn: str, where: str) -> bool:
-    """Which of the two signatures it is; raises UserError when it is neither."""
+def _call_parameters(made: Any, fn: str, where: str) -> list[inspect.Parameter]:
+    """The parameters of a call, without `self`; raises UserError where there are none to be read."""
+    if isinstance(made, type) and not any("__call__" in vars(kind) for kind in made.__mro__):
+        raise UserError(f"{where}: the class '{fn}' has no __call__; give it __call__(self, completion, ...) -> float")
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = list(inspect.signature(made.__call__ if isinstance(made, type) else made).parameters.values())
     except (TypeError, ValueError):
         raise UserError(f"{where}: '{fn}' has no signature that can be read; wrap it in a plain function") from None
-    only = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    return parameters[1:] if isinstance(made, type) else parameters
+
+
+def _is_batch(parameters: Sequence[inspect.Parameter], fn: str, where: str) -> bool:
+    """Which of the two signatures it is; raises UserError when it is neither."""
+    only = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
     if only:
         raise UserError(f"{where}: '{fn}' takes '{only[0]}' by position only; inputs are passed by name, so drop the /")
-    inputs = {p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    inputs = {p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
     batch = bool(inputs & {"completions", "prompts"})
     if batch and inputs & {"completion", "prompt"}:
         raise UserError(
@@ -252,7 +305,7 @@ def _is_batch(function: Callable[..., Any], fn: str, where: str) -> bool:
             f"take either `completion` (one a call) or `completions` (a group a call)"
         )
     if not batch and not inputs & {"completion", "completion_ids", "prompt"}:
-        signature = f"{getattr(function, '__name__', fn)}({', '.join(parameters)})"
+        signature = f"{fn.rpartition(':')[2]}({', '.join(p.name for p in parameters)})"
         raise UserError(
             f"{where}: '{fn}' is {signature}, which takes no completion; a reward names `completion` (one a call, a "
             f"string) or `completions` (a group a call, a list), before any *"

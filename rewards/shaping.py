@@ -255,6 +255,20 @@ class MinMax(_Running):
         return np.asarray((r - self.seen.min) / width if width else r * 0.0)
 
 
+@part(shapings, "standardise")
+class Standardise(_Running):
+    """(r - m) / s, both of the first batch it sees and frozen then: the answers of the model before training (ours)."""
+
+    def __call__(self, scores: Floats, context: Context) -> Floats:
+        r = finite(scores)
+        if self._learns and not self.seen.n:
+            self.seen.update(r)
+        return self.shape(r, context) if self.seen.n else r
+
+    def shape(self, r: Floats, context: Context) -> Floats:
+        return np.asarray((r - self.seen.mean) / (self.seen.std or 1.0))
+
+
 class Chain(Shaper):
     """Shapers of one column, applied left to right. State: one entry per shaper, under its name."""
 

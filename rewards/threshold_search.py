@@ -18,8 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.errors import UserError
+from core.registry import Registry
 from rewards.numeric import Floats, finite, mean, std
 from rewards.parts import restored
+
+searches = Registry("threshold search")
 
 Point = tuple[float, ...]
 
@@ -166,7 +169,8 @@ class ThresholdSearch:
     initial simplex: N + 1 points, each the means plus a uniform random share (`seed`) of the way, per coordinate. A
     point is evaluated by training towards it: when every mean is within `band` of its threshold, or after `patience` of
     all steps (paper 1/8, code 1/10), the gold score is its value; policy and multipliers go on from where they are.
-    When the search has ended the thresholds are the best ones. `options` are those of `NelderMead`.
+    When the search has ended the thresholds are the best ones. `gold` names the score among a validation's means;
+    `options` are those of `NelderMead`.
     """
 
     def __init__(
@@ -175,6 +179,7 @@ class ThresholdSearch:
         *,
         highest: Mapping[str, float],
         total_steps: int,
+        gold: str = "gold",
         band: float = 0.05,
         patience: float = 1 / 8,
         seed: int = 0,
@@ -183,11 +188,19 @@ class ThresholdSearch:
         if set(highest) != set(names):
             raise UserError(f"threshold_search.highest: it needs a value for each of {', '.join(names)}")
         self.names, self.highest, self.band, self.seed = tuple(names), dict(highest), band, seed
+        self.gold = gold
         self.limit, self.options = patience * total_steps, options
         self.search: NelderMead | None = None
         self.thresholds: dict[str, float] = {}
         self.started = 0  # step at which the current evaluation began
         self.evaluated = self.reached = 0
+
+    def metrics(self) -> dict[str, float]:
+        """How far it is: search/evaluated, /reached, and /best where there is one."""
+        found = {"search/evaluated": float(self.evaluated), "search/reached": float(self.reached)}
+        if self.search is not None and self.search.evaluations:
+            found["search/best"] = max(value for _, value in self.search.evaluations)
+        return found
 
     @property
     def done(self) -> bool:
@@ -254,6 +267,41 @@ class ThresholdSearch:
 
     def _listed(self, point: Mapping[str, float]) -> list[float]:
         return list(restored(point, self.names).values())
+
+
+@searches
+def nelder_mead(
+    names: Sequence[str],
+    total_steps: int,
+    *,
+    gold: str,
+    highest: Mapping[str, float],
+    band: float = 0.05,
+    patience: float = 1 / 8,
+    seed: int = 0,
+    tol_f: float = 0.01,
+    max_evals: int = 60,
+    cache_tol: float = 5e-3,
+) -> ThresholdSearch:
+    """NM-PPO: a simplex in threshold space, moved by the gold score that training towards each point reaches."""
+    options = {"tol_f": tol_f, "max_evals": max_evals, "cache_tol": cache_tol}
+    shared = {"highest": highest, "total_steps": total_steps, "band": band, "patience": patience, "seed": seed}
+    return ThresholdSearch(names, gold=gold, **shared, **options)  # type: ignore[arg-type]
+
+
+def make_search(spec: Mapping[str, Any] | None, names: Sequence[str], total_steps: int) -> ThresholdSearch | None:
+    """The search of `rewards.threshold_search` for the thresholds `names`. Raises UserError."""
+    if spec is None:
+        return None
+    options = dict(spec)
+    method = options.pop("method", "nelder_mead")
+    if not names:
+        raise UserError(
+            "rewards.threshold_search: it moves thresholds, and this weighting policy has none; use lagrange"
+        )
+    made = searches.bind(method, options, "rewards.threshold_search")(tuple(names), total_steps)
+    assert isinstance(made, ThresholdSearch)
+    return made
 
 
 class ProxyPoint(NamedTuple):

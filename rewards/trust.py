@@ -105,6 +105,9 @@ class TrustWeighting(Policy):
         ).coefficient
         return replace(mix, weights=weights)
 
+    def begin(self, validation: Mapping[str, float]) -> None:
+        self.inner.begin(validation)
+
     def update(self, batch: StepBatch) -> dict[str, float]:
         return self.inner.update(batch)
 

@@ -2,74 +2,24 @@
 
 A policy may have state, which is part of the checkpoint, is plain JSON and is keyed by component name. Raw components
 travel with the rollouts and weights never do, so a stale rollout is weighted with the weights of the step that trains
-on it. Two kinds: `WeightingPolicy` (the composer's) sees `Statistics` and returns one weight per component; `Policy`
-sees a `StepBatch` and returns a `Mix`, which also says how the columns are put together (`rewards.mixing`).
+on it. A policy sees a `StepBatch` and returns a `Mix`: the weights, and how the columns are put together
+(`rewards.mixing`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from core.registry import Registry
-from core.schema import Group
+from core.registry import Registry, options_of
 from rewards.mixing import Mix, Order, StepBatch, in_order
 from rewards.parts import known, part
 
 weightings = Registry("weighting policy")
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What a policy may look at: one step's groups, flattened. B completions, R components."""
-
-    names: tuple[str, ...]  # of the R components, `name/key` where a function scores several things
-    values: NDArray[np.float64]  # [B, R], NaN = missing
-    group: NDArray[np.int64]  # [B], index of the group within the step
-    lengths: NDArray[np.int64]  # [B], tokens
-
-    def means(self) -> dict[str, float]:
-        """Mean of each component over the completions that have it; components that none has are left out."""
-        columns = {name: column[np.isfinite(column)] for name, column in zip(self.names, self.values.T, strict=True)}
-        return {name: float(column.mean()) for name, column in columns.items() if column.size}
-
-
-def statistics(groups: Sequence[Group]) -> Statistics:
-    """The statistics of a step; names in order of first appearance."""
-    names = tuple(dict.fromkeys(name for group in groups for name in group.components))
-    rows = [
-        [group.components[name][i].value if name in group.components else math.nan for name in names]
-        for group in groups
-        for i in range(len(group.completions))
-    ]
-    return Statistics(
-        names=names,
-        values=np.array(rows, dtype=np.float64).reshape(len(rows), len(names)),
-        group=np.repeat(np.arange(len(groups)), [len(g.completions) for g in groups]).astype(np.int64),
-        lengths=np.array([len(c.token_ids) for g in groups for c in g.completions], dtype=np.int64),
-    )
-
-
-class WeightingPolicy(Protocol):
-    """The life of a policy in one step: `weigh` once, `update` once with the same statistics, on one process."""
-
-    def weigh(self, statistics: Statistics) -> dict[str, float]:
-        """Weight of each component, by name; a component that is not named has the weight of its part before the /."""
-
-    def update(self, statistics: Statistics) -> dict[str, float]:
-        """Learn from the step; returns metrics. What it changes counts from the next step on."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to go on bit-identically, as plain JSON."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
 
 
 class Policy:
@@ -89,6 +39,9 @@ class Policy:
     def weigh(self, batch: StepBatch) -> Mix:
         """How to mix this batch. Changes nothing."""
         raise NotImplementedError
+
+    def begin(self, validation: Mapping[str, float]) -> None:
+        """Look at the validation means of the model before training. Once, before the first step of a run."""
 
     def update(self, batch: StepBatch) -> dict[str, float]:
         """Learn from the batch; returns metrics. Once per optimiser step."""
@@ -122,33 +75,33 @@ def build(spec: Mapping[str, Any], names: Sequence[str], where: str = "weighting
     name = options.pop("policy", None)
     if not isinstance(name, str):
         raise UserError(f"{where}.policy: {name!r} is no name; give one of {', '.join(weightings)}")
-    if weightings.get(name) is fixed:
-        raise UserError(f"{where}.policy: '{name}' gives weights alone and no way of mixing; use static")
+    weightings.find(name, f"{where}.policy")
     policy: Policy = weightings.bind(name, options, where)(tuple(names))
     return policy
 
 
-@weightings
-def fixed(weights: Mapping[str, float]) -> WeightingPolicy:
-    """The weights of the config, in every step."""
-    return _Fixed(dict(weights))
+def with_weights(spec: Mapping[str, Any], weights: Mapping[str, float], where: str = "weighting") -> dict[str, Any]:
+    """The spec of a policy in which the components' own weights stand where it takes weights and writes none.
 
-
-class _Fixed:
-    def __init__(self, weights: dict[str, float]) -> None:
-        self.weights = weights
-
-    def weigh(self, statistics: Statistics) -> dict[str, float]:
-        return dict(self.weights)
-
-    def update(self, statistics: Statistics) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # the weights are the config's, on resume too
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
+    Raises UserError where components have weights of their own (not 1) and the policy decides all by itself.
+    """
+    name = spec.get("policy")
+    if not isinstance(name, str) or name not in weightings:
+        return dict(spec)  # `build` says what is wrong
+    takes = options_of(weightings[name])
+    if "inner" in takes:
+        return {**spec, "inner": with_weights(spec.get("inner") or {"policy": "static"}, weights, f"{where}.inner")}
+    if "weights" in takes:
+        return {"weights": dict(weights), **spec}
+    if "task_weights" in takes and (spec.get("kind") == "projected" or spec.get("kl_budget") is not None):
+        free = {n: w for n, w in weights.items() if n not in (spec.get("thresholds") or {})}
+        return {"task_weights": free, **spec}
+    if own := [n for n, w in weights.items() if w != 1.0]:
+        raise UserError(
+            f"{where}.policy: '{name}' decides the weights itself, but rewards.components.{own[0]} has a weight; leave "
+            "it out, or use static"
+        )
+    return dict(spec)
 
 
 @part(weightings, "static")

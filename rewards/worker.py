@@ -2,10 +2,16 @@
 
 Reads one JSON line per (component, group) and answers one line per completion. Only this module writes to the pipe that
 the driver reads: what reward functions print, or child processes of theirs, goes to the error stream.
+
+    driver -> watcher -> scoring process -> whatever user code starts
+
+On Linux the process that the driver knows only watches the one that scores: when that one ends, or the driver says so
+or dies, it kills all that came of it, also what left its group and session or was orphaned, and ends the same way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import math
@@ -15,33 +21,45 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TextIO
 
 from core.schema import Score
 from rewards.reward import DETAIL_LIMIT, Reward, Samples, Scores, bind, describe_error
 
+_PDEATHSIG, _SUBREAPER = 1, 36  # of prctl
+_SWEEP = 3.0  # seconds for killing all that came of a scoring process; the driver waits longer
+
 
 def main() -> None:
     """Serve until the driver closes the pipe."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        _fork_watched()
+    own = os.getpid()
     requests, replies = _own_the_pipes()
     hello = json.loads(requests.readline())
     resource.setrlimit(resource.RLIMIT_AS, (hello["memory_bytes"],) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _die_with_the_driver()
     _send(replies, {"ready": True})
     loaded: dict[str, Reward] = {}
     for line in requests:
         request = json.loads(line)
         name = request["component"]
         try:
-            if name not in loaded:
+            if name not in loaded or request.get("state", ...) is None:  # none: a reward with state starts anew
                 loaded[name] = _load(name, hello["components"][name])
+            if request.get("state") is not None:
+                loaded[name].keeper.load_state_dict(request["state"])
         except BaseException as error:
             _send(replies, {"failed": describe_error(error)})
             continue
         _send(replies, {"loaded": name})
         for scores, seconds in _score(loaded[name], Samples(**request["samples"]), request["todo"]):
+            if os.getpid() != own:  # a child that user code forked and did not end
+                os._exit(0)
             _send(replies, {"scores": encode(scores), "seconds": seconds})
+        if "state" in request:
+            _send(replies, {"state": loaded[name].keeper.state_dict()})
 
 
 def _score(reward: Reward, samples: Samples, todo: list[int]) -> Iterator[tuple[Scores, float]]:
@@ -75,10 +93,63 @@ def _own_the_pipes() -> tuple[TextIO, TextIO]:
     return requests, replies
 
 
-def _die_with_the_driver() -> None:
-    """Ask the kernel to kill this process when the driver dies: busy in user code, it would not see the pipe close."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+def _fork_watched() -> None:
+    """Fork, and return in the child; the parent watches, and never returns."""
+    signals = {signal.SIGTERM, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    prctl = ctypes.CDLL(None).prctl
+    # Both die with their parents: busy in user code, the child would not see the driver's pipe close.
+    prctl(_PDEATHSIG, signal.SIGTERM)
+    prctl(_SUBREAPER, 1)
+    child = os.fork()
+    if child == 0:
+        prctl(_PDEATHSIG, signal.SIGKILL)
+        os.setpgid(0, 0)  # a signal that user code sends to its own group leaves the watcher alone
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        return
+    code = None
+    while code is None and signal.sigwait(signals) == signal.SIGCHLD:
+        code = _reap().get(child)
+    _end_all(child)
+    if code is not None and code < 0:
+        with contextlib.suppress(OSError):  # SIGKILL has no handler to reset
+            signal.signal(-code, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        os.kill(os.getpid(), -code)
+    os._exit(code or 0)
+
+
+def _reap() -> dict[int, int]:
+    """Exit codes, by process id, of the children that have ended."""
+    codes = {}
+    with contextlib.suppress(ChildProcessError):  # there are none at all
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            codes[ended[0]] = os.waitstatus_to_exitcode(ended[1])
+    return codes
+
+
+def _end_all(child: int) -> None:
+    """Kill the child's group and then our children until we have none; those of a killed one become ours."""
+    deadline = time.monotonic() + _SWEEP
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    _reap()
+    while (left := _children()) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(PermissionError):  # it has become another user's
+                os.kill(pid, signal.SIGKILL)  # until it is reaped its number is its own
+        time.sleep(0.001)
+        _reap()
+
+
+def _children() -> list[int]:
+    """Process ids of our children, from the process table."""
+    found, own = [], str(os.getpid())
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if stat.read_text(errors="replace").rpartition(")")[2].split()[1] == own:
+                found.append(int(stat.parent.name))
+    return found
 
 
 def _send(replies: TextIO, message: Mapping[str, Any]) -> None:

@@ -7,6 +7,9 @@ What goes wrong costs the one completion it went wrong on. Past its deadline the
 killed and that completion's status is `timeout`; a process that dies makes it `error`, with the exit code. A fresh
 process scores the remaining ones. What user code prints goes nowhere near the answers. Nothing waits without a limit.
 
+Nothing is left behind: what user code starts ends with its process (on Linux also what left the session), at the latest
+by `close`, or when the driver dies.
+
 A process imports the reward functions and what they import: no torch, no Ray, no vLLM of ours.
 """
 
@@ -71,32 +74,49 @@ class Workers:
 
         `batch`: the function scores the group in one call, so the group shares one deadline of timeout x completions.
         """
-        todo = list(range(len(samples.completions)))
+        return (await self._score({"component": component, "samples": asdict(samples)}, batch))[0]
+
+    async def score_from(self, state: Any, component: str, samples: Samples, batch: bool) -> tuple[list[Scored], Any]:
+        """`score` of a reward with state, from `state` (none: a new one), and the state after the group.
+
+        Where a process fails, the completions left are scored from `state` again.
+        """
+        request = {"component": component, "samples": asdict(samples), "state": state}
+        scored, after = await self._score(request, batch)
+        return scored, state if after is None else after
+
+    async def _score(self, request: dict[str, Any], batch: bool) -> tuple[list[Scored], Any]:
+        count = len(request["samples"]["completions"])
+        todo, after = list(range(count)), None
         done: dict[int, Scored] = {}
         async with self._slots:
             while todo:
                 async with self._process() as process:
-                    await self._drain(process, component, samples, batch, todo, done)
-        return [done[i] for i in range(len(samples.completions))]
+                    after = await self._drain(process, request, batch, todo, done)
+        return [done[i] for i in range(count)], after
 
     async def _drain(
-        self, process: _Process, component: str, samples: Samples, batch: bool, todo: list[int], done: dict[int, Scored]
-    ) -> None:
-        """Let `process` score `todo`, moving indices from there to `done`; return early when the process fails."""
+        self, process: _Process, request: dict[str, Any], batch: bool, todo: list[int], done: dict[int, Scored]
+    ) -> Any:
+        """Let `process` score `todo`, moving indices from there to `done`; return early when the process fails.
+
+        The result is the state after the group, none where there is none to be had.
+        """
         limit = self.timeout * len(todo) if batch else self.timeout
         loaded, started = False, time.monotonic()
         try:
-            await process.send({"component": component, "samples": asdict(samples), "todo": todo})
+            await process.send({**request, "todo": todo})
             # Imports and models are loaded on a clock of their own: the first completion is not to blame for them.
             answer = await process.receive(START_TIMEOUT)
             loaded = "failed" not in answer
             if not loaded:
                 self._blame(Score("error", detail=answer["failed"]), 0.0, todo, todo, done)
+                return None
             while todo:
                 started = time.monotonic()
                 reply = await process.receive(limit)
                 done[todo.pop(0)] = Scored(decode(reply["scores"]), reply["seconds"])
-            return
+            return (await process.receive(limit))["state"] if "state" in request else None
         except TimeoutError:
             score = Score("timeout", detail=f"took longer than {limit if loaded else START_TIMEOUT:g} s")
         except (_Dead, ValueError, KeyError) as error:
@@ -105,6 +125,7 @@ class Workers:
         # The completion that was being scored is the culprit; all are where the group is scored at once, or none was.
         culprits = todo if batch or not loaded else todo[:1]
         self._blame(score, time.monotonic() - started, culprits, todo, done)
+        return None
 
     @staticmethod
     def _blame(score: Score, seconds: float, culprits: list[int], todo: list[int], done: dict[int, Scored]) -> None:
@@ -144,7 +165,7 @@ class Workers:
 
 
 class _Process:
-    """One scoring process, leader of a session of its own, seen from the driver."""
+    """One scoring process with its watcher, in a session of their own, seen from the driver."""
 
     def __init__(self, transport: asyncio.SubprocessTransport, streams: asyncio.subprocess.Process) -> None:
         self._transport = transport
@@ -237,8 +258,12 @@ class _Process:
             self._tail = (self._tail + block)[-_LOG_TAIL:]
 
     async def kill(self) -> None:
-        """End the process and its whole group, at once; returns within seconds in any case."""
+        """End the process and all that came of it, at once; returns within seconds in any case."""
         self._killed = True
+        if self._process.returncode is None:
+            self._process.terminate()  # it takes everything along, if it can: see rewards.worker
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), _GRACE)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(TimeoutError):

@@ -11,12 +11,13 @@ from actors.actor import Failure, Poll
 from actors.engine import EngineSpec, FakeEngine
 from actors.pool import ActorLost
 from alignlab.coordinator import Coordinator
-from alignlab.metrics import MetricsWriter, step_line, warnings
+from alignlab.metrics import MetricsWriter, step_line
 from alignlab.plan import Plan
 from alignlab.run import Run, RunAborted
 from alignlab.run_dir import RunDir
+from alignlab.warnings import warnings
 from core.loading import parse_config
-from core.schema import Prompt, Score
+from core.schema import Mixture, Prompt, Score
 
 
 class FakeActors:
@@ -57,8 +58,22 @@ class FakeComposer:
         scores = tuple(Score("ok", float(i)) for i in range(len(group.completions)))
         return replace(group, components={"length": scores}, totals=tuple(s.value for s in scores))
 
-    def weigh(self, groups):
-        return groups
+    needs = frozenset({"gram"})
+    objectives = ("length",)
+
+    def __init__(self):
+        self.weighed, self.learned = [], []
+
+    async def columns(self, groups, step):
+        return [replace(g, columns={"length": g.totals}) for g in groups]
+
+    def weigh(self, groups, gram=None, lr=0.0):
+        self.weighed.append((gram, lr))
+        return [replace(g, weights={"length": (1.0,) * len(g.totals)}) for g in groups], Mixture(scale=2.0)
+
+    def learn(self, kl=None, validation=None):
+        self.learned.append((kl, validation))
+        return {"weighting/slow": 0.0}
 
     def check(self, groups):
         pass
@@ -75,12 +90,18 @@ class FakeLearner:
     trained: list
     fail: bool = False
 
-    async def step(self, groups, version):
+    async def gram(self, groups):
+        assert all(set(group.weights) == {"length"} for group in groups)
+        return [[1.0]], 0.5
+
+    async def step(self, groups, version, mixture):
+        assert mixture.scale == 2.0
         if self.fail:
             raise RuntimeError("rank 0 died")
         self.trained.append([g.prompt.ordinal for g in groups])
         advantages = [[0.0] * len(g.completions) for g in groups]
-        return SimpleNamespace(metrics={"optim/grad_norm": 1.0}, advantages=advantages)
+        kl = [0.25 * i for g in groups for i in range(len(g.completions))]
+        return SimpleNamespace(metrics={"optim/grad_norm": 1.0}, advantages=advantages, kl=kl)
 
     async def save(self, folder):
         (folder / "model").mkdir()
@@ -98,11 +119,10 @@ def make(tmp_path, actors, trainer=None, evals=None, **changes):
 
     async def publish(version):
         published.append(version)
-        return {}
 
     async def evaluate(step):
         evals.append(step)
-        return {"eval/x/accuracy": 0.5}
+        return {"eval/x/accuracy": 0.5}, {"x/accuracy": 0.5}
 
     plan = Plan(config, SimpleNamespace(needs=frozenset(), filter=None), {})
     learner = trainer or FakeLearner([])
@@ -134,16 +154,23 @@ def test_a_run_trains_every_group_once_and_leaves_its_files(tmp_path):
     assert [c.step for c in run.run_dir.checkpoints()] == [2, 3]
     assert run.run_dir.checkpoints()[-1].state()["coordinator"]["next_ordinal"] == 6
     rollouts = (run.run_dir.path / "rollouts" / "step-000002.jsonl").read_text().splitlines()
-    assert len(rollouts) == 4 and json.loads(rollouts[1])["components"] == {"length": 1.0}
+    row = json.loads(rollouts[1])
+    assert len(rollouts) == 4 and row["components"] == row["columns"] == {"length": 1.0}
+    assert (row["weights"], row["kl"]) == ({"length": 1.0}, 0.25)
+    # Every step is weighed once with the gradients' agreement, and learnt from once, with the evaluation after it.
+    assert run.composer.weighed == [([[1.0]], 0.5)] * 3
+    assert run.composer.learned == [
+        ([0.0, 0.25] * 2, means) for means in ({"x/accuracy": 0.5}, {"x/accuracy": 0.5}, None)
+    ]
 
 
 def test_a_method_gets_the_greedy_completions_and_answers_that_it_needs(tmp_path):
     seen = []
 
     class Looking(FakeLearner):
-        async def step(self, groups, version):
+        async def step(self, groups, version, mixture):
             seen.extend(groups)
-            return await super().step(groups, version)
+            return await super().step(groups, version, mixture)
 
     run, _, _ = make(tmp_path, FakeActors(), Looking([]))
     run.plan = replace(run.plan, method=SimpleNamespace(needs=frozenset({"greedy", "answers"}), filter=None))
@@ -191,7 +218,7 @@ def test_a_step_or_an_evaluation_may_take_longer_than_silence_is_allowed_to_last
 
     async def slow(step):
         await asyncio.sleep(1.5)
-        return {}
+        return {}, {}
 
     run.evaluate = slow
     asyncio.run(run.loop())
@@ -203,7 +230,7 @@ def test_times_of_evaluations_are_not_times_of_steps(tmp_path):
 
     async def slow(step):
         await asyncio.sleep(1.0)
-        return {"eval/x/accuracy": 0.5}
+        return {"eval/x/accuracy": 0.5}, {"x/accuracy": 0.5}
 
     run.evaluate = slow
     asyncio.run(run.loop())
@@ -226,7 +253,12 @@ def test_a_resumed_run_that_has_nothing_left_to_do_saves_nothing(tmp_path):
 def test_a_skipped_update_and_an_empty_one_are_said(tmp_path):
     assert warnings({"optim/skipped": 0.0, "optim/empty": 0.0}, tmp_path) == []
     skipped, empty = warnings({"optim/skipped": 1.0, "optim/empty": 2.0}, tmp_path)
-    assert str(tmp_path / "skipped") in skipped and empty.startswith("2 update(s) had nothing to train on")
+    assert str(tmp_path / "skipped") in skipped.advice and empty.text == "2 update(s) had nothing to train on"
+    writer = MetricsWriter(tmp_path)
+    (line,) = writer.warn(3, {"reward/style_failed": 0.3}, tmp_path)
+    writer.close()
+    assert line.startswith("warning failing: 'style' failed on 30% of the completions; read")
+    assert json.loads((tmp_path / "warnings.jsonl").read_text())["step"] == 3
 
 
 def test_stop_finishes_the_step_and_saves(tmp_path):

@@ -52,6 +52,11 @@ def groups(prompts: int = 4, size: int = 4, seed: int = 0, longest: int = 20, sa
                 "right": tuple(Score("ok", float((n + i) % 2)) for i in range(size)),
                 "short": tuple(Score("ok", float(i % 3 == 0)) for i in range(size)),
             },
+            columns={
+                "right": tuple(float((n + i) % 2) for i in range(size)),
+                "short": tuple(float(i % 3 == 0) for i in range(size)),
+            },
+            weights={"right": (1.0,) * size, "short": (0.5,) * size},
             totals=tuple(float((n + i) % 2) for i in range(size)) if sampled else (),
             answers=tuple(str(i % 3) for i in range(size)),
             greedy=Group(f"g{n}", Prompt(n, "", (5,)), (completion(),), totals=(0.5,)) if sampled else None,

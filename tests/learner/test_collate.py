@@ -97,14 +97,14 @@ def test_a_batch_holds_every_completion_in_order() -> None:
     assert Micro.of(sequences, [0, 1], CPU, share=False).tokens.tolist() == [[1, 2, 7, 8, 1, 2]]
 
 
-def test_components_apart_are_those_that_scored_with_the_weight_of_their_function() -> None:
+def test_columns_apart_come_with_a_weight_for_every_row() -> None:
     c = Completion((7,), (-1.0,), (4,), "", "stop")
-    ok, bad = Score("ok", 1.0), Score("error")
-    one = Group("g", Prompt(0, "", (1,)), (c,), components={"right": (ok,), "style/a": (ok,), "style/b": (bad,)})
-    two = replace(one, components={"right": (bad,), "style": (bad,)})  # the call failed as a whole
-    batch, _ = collate([one, two], components={"right": 1.0, "style": 0.5})
-    assert batch.rewards[0].tolist() == [1.0, 1.0] and batch.rewards[1].isnan().all()
-    assert batch.reward_weights.tolist() == [1.0, 0.5]  # right, style/a
+    group = Group("g", Prompt(0, "", (1,)), (c, c), totals=(1.5, math.nan))
+    group = replace(group, columns={"right": (1.0, math.nan), "gold": (9.0, 9.0)}, weights={"right": (1.0, 0.5)})
+    batch, _ = collate([group], apart=True)
+    assert batch.rewards.shape == (2, 1) and batch.rewards[0].tolist() == [1.0] and batch.rewards[1].isnan().all()
+    assert batch.reward_weights.tolist() == [[1.0], [0.5]]  # gold weighs nothing: it is no objective
+    assert collate([group])[0].rewards[0].item() == 1.5
 
 
 def test_filters_judge_the_component_that_the_config_names() -> None:

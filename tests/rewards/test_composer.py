@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,9 +14,10 @@ import pytest
 
 from core.config import RewardsConfig
 from core.errors import UserError
-from core.schema import Completion, Group, Prompt, Score
-from rewards.composer import METRICS, Composer, all_equal, check_components, check_data, total
-from rewards.weighting import statistics, weightings
+from core.schema import Completion, Group, Mixture, Prompt, Score
+from rewards.components import check_components, check_data, objectives
+from rewards.composer import Composer
+from rewards.metrics import METRICS, all_equal
 from rewards.workers import RewardFailure
 
 OK, MISSING = Score("ok", 1.0), Score("abstain")
@@ -76,7 +78,11 @@ def test_components_stay_apart_and_the_total_is_their_weighted_sum(run: Any) -> 
     assert 0 < metrics["reward/form_seconds"] < 1
     known = {name.replace("<component>", c) for name in METRICS for c in ("math_answer", "brief", "form")}
     assert set(metrics) <= known
-    assert composer.weigh([found]) == [found]
+    (stepped,) = asyncio.run(composer.columns([found], 0))
+    ((weighed,), mixture) = composer.weigh([stepped])
+    assert weighed.totals == found.totals and mixture == Mixture()
+    assert weighed.weights == {"math_answer": (1.0,) * 3, "brief": (0.5,) * 3, "form": (0.25,) * 3}
+    assert composer.metrics([weighed])["diagnostics/say/form"] == pytest.approx(0.25 / (1 + 0.4 + 0.25))
 
 
 def test_without_a_right_answer_nothing_is_known_and_nothing_is_zero(run: Any) -> None:
@@ -93,9 +99,10 @@ def test_a_greedy_completion_is_scored_like_the_others_and_is_in_no_statistic(ru
     greedy = group(r"\boxed{3}", answer="4")
     sampled = replace(group(r"\boxed{4}", r"\boxed{5}", answer="4"), greedy=greedy)
     composer, (scored_group,) = run(config({"math_answer": {"weight": 2.0}}), sampled)
-    (weighed,) = composer.weigh([scored_group])
+    (stepped,) = asyncio.run(composer.columns([scored_group], 0))
+    ((weighed,), _) = composer.weigh([stepped])
     assert weighed.totals == (2.0, 0.0) and weighed.greedy is not None and weighed.greedy.totals == (0.0,)
-    assert len(statistics([weighed]).values) == 2 and composer.metrics([weighed])["reward/total"] == 1.0
+    assert composer.metrics([weighed])["reward/total"] == 1.0
 
 
 def test_a_failure_costs_its_own_part_of_the_total(run: Any, tmp_path: Path) -> None:
@@ -132,10 +139,14 @@ def test_a_mapping_becomes_components_under_one_weight(run: Any, tmp_path: Path)
 
 
 def test_a_total_is_the_sum_of_what_there_is() -> None:
-    weights = {"a": 1.0, "b": 0.5}
-    assert total({"a": OK, "b": Score("ok", 4.0)}, weights) == 3.0
-    assert total({"a": MISSING, "b": Score("ok", 4.0)}, weights) == 2.0  # neither zero nor rescaled
-    assert math.isnan(total({"a": MISSING, "b": Score("error")}, weights))
+    rows = scored((), a=(OK, MISSING, MISSING), b=(Score("ok", 4.0), Score("ok", 4.0), Score("error")))
+    rows = replace(rows, completions=group("x", "x", "x").completions)
+    entries = {"a": {"fn": "boxed"}, "b": {"fn": "boxed", "weight": 0.5}}
+    for settings, expected in ((config(entries), 2.0), (config(entries, renormalize_missing=True), 2.0 * 1.5 / 0.5)):
+        composer = Composer(settings)
+        ((found,), _) = composer.weigh(asyncio.run(composer.columns([rows], 0)))
+        assert found.totals[:2] == (3.0, expected)  # neither zero nor, by default, rescaled
+        assert math.isnan(found.totals[2])
 
 
 def test_groups_of_equal_totals_are_counted() -> None:
@@ -168,6 +179,17 @@ def test_groups_of_equal_totals_are_counted() -> None:
         ({"b": {"fn": "nowhere.py:f"}}, "rewards.components.b: 'nowhere.py:f' names the file"),
         ({"a/b": {"fn": "boxed"}}, "rewards.components.a/b: a component's name has no '/'"),
         ({"math_answer": {"extract": "all"}}, "rewards.components.math_answer.extract: "),
+        ({"e": {"fn": "ensemble"}}, "rewards.components.e.members: 'ensemble' is made of other components"),
+        ({"e": {"fn": "ensemble", "members": ["a"]}}, "rewards.components.e.members: 'a' is no scored component"),
+        ({"boxed": {"members": ["a"]}}, "rewards.components.boxed.members: 'boxed' scores completions itself"),
+        ({"boxed": {"shape": ["parr"]}}, "rewards.components.boxed.shape.parr: there is no shaper 'parr'; did you"),
+        ({"boxed": {"shape": "par"}}, "rewards.components.boxed.shape: 'par' is not a list"),
+        ({"boxed": {"bounds": [1, 0]}}, "rewards.components.boxed.bounds: [1, 0] is no [lowest, highest]"),
+        ({"boxed": {"keys": []}}, "rewards.components.boxed.keys: [] is no list of names"),
+        (
+            {"e": {"fn": "ensemble", "members": ["boxed"]}, "boxed": {"weight": 2}},
+            "rewards.components.boxed.weight: it is no objective",
+        ),
     ],
 )
 def test_mistakes_in_the_config_are_explained_before_anything_starts(components: dict[str, Any], says: str) -> None:
@@ -209,12 +231,122 @@ def test_a_checkpoint_fits_the_same_components_only() -> None:
         Composer(config({"boxed": {}})).load_state_dict(composer.state_dict())
 
 
-def test_statistics_flatten_a_step() -> None:
-    step = statistics([scored((1.0, 1.0), a=(OK, MISSING)), scored((1.0,), a=(Score("ok", 3.0),), b=(OK,))])
-    assert step.names == ("a", "b") and step.group.tolist() == [0, 0, 1] and step.lengths.tolist() == [1, 1, 1]
-    assert [[None if math.isnan(v) else v for v in row] for row in step.values] == [[1, None], [None, None], [3, 1]]
-    assert step.means() == {"a": 2.0, "b": 1.0}
-    assert weightings["fixed"]({"a": 0.5, "b": 2.0}).weigh(step) == {"a": 0.5, "b": 2.0}
+def stepped(settings: RewardsConfig, groups: list[Group], step: int = 0) -> tuple[Composer, list[Group]]:
+    """A step of scored groups through columns and weights."""
+
+    async def main() -> tuple[Composer, list[Group]]:
+        composer = Composer(settings, steps=10)
+        try:
+            return composer, composer.weigh(await composer.columns(groups, step))[0]
+        finally:
+            await composer.close()
+
+    return asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def values(**columns: list[float | None]) -> Group:
+    """A group whose components say these numbers; none is missing."""
+    size = len(next(iter(columns.values())))
+    said = {n: tuple(MISSING if v is None else Score("ok", v) for v in vs) for n, vs in columns.items()}
+    return replace(group(*["x"] * size), components=said)
+
+
+def test_a_derived_component_is_made_of_its_members_which_are_no_objectives() -> None:
+    settings = config(
+        {
+            "both": {"fn": "ensemble", "members": ["a", "b"], "mode": "uwo", "coef": 0.5, "weight": 2.0},
+            "a": {"fn": "boxed"},
+            "b": {"fn": "boxed"},
+            "right": {"fn": "boxed"},
+        }
+    )
+    composer, (found,) = stepped(settings, [values(a=[1.0, 0.0, None], b=[3.0, 0.0, 5.0], right=[0.0, 1.0, 0.0])])
+    # mean 2, variance 1; mean 0; one member has a score
+    assert found.columns["both"] == (1.5, 0.0, 5.0)
+    assert found.totals == (3.0, 1.0, 10.0) and set(found.weights) == {"both", "right"}
+    metrics = composer.metrics([found])
+    assert metrics["reward/both"] == pytest.approx(6.5 / 3) and metrics["reward/a"] == 0.5
+    assert metrics["diagnostics/disagreement/both"] == pytest.approx((1 + 0) / 2)
+
+
+def test_shaping_is_a_matter_of_the_step_and_its_statistics_are_kept() -> None:
+    settings = config({"a": {"fn": "boxed", "shape": ["minmax", {"ceil": {"ceil": 0.75}}]}})
+    composer, (found,) = stepped(settings, [values(a=[1.0, 2.0, 5.0])])
+    assert found.columns["a"] == (0.0, 0.25, 0.75) == found.totals
+    metrics = composer.metrics([found])
+    assert metrics["reward/a"] == pytest.approx(8 / 3) and metrics["reward/a_shaped"] == pytest.approx(1 / 3)
+    other = Composer(settings)
+    other.load_state_dict(json.loads(json.dumps(composer.state_dict())))
+    (again,) = asyncio.run(other.columns([values(a=[3.0])], 1))
+    assert again.columns["a"] == (0.5,)
+
+
+def test_a_score_is_compared_with_those_of_reference_answers(run: Any) -> None:
+    entry = {"fn": "length", "target": 10, "alpha": 1.0, "references": "others", "shape": [{"par": {"k": 1.0}}]}
+    _, (found,) = run(config({"near": entry}), group("x" * 10, "x" * 9, others=[-1.0, None]))
+    assert found.references["near"][0] == -1.0 and math.isnan(found.references["near"][1])
+    assert found.columns["near"] == pytest.approx((1 / (1 + math.exp(-1)), 0.5))
+    scoring = {"fn": "boxed", "references": "others", "shape": ["centered"]}
+    _, (found,) = run(config({"form": scoring}), group("x", others=[r"\boxed{1}", "none"]))
+    assert found.references["form"] == (1.0, 0.0) and found.columns["form"] == (-0.5,)
+
+
+def test_gold_is_scored_and_watched_and_never_rewarded() -> None:
+    entries = {"proxy": {"fn": "boxed"}, "truth": {"fn": "boxed"}}
+    settings = config(entries, gold="truth", alarm={"window": 1, "margin": 0.1})
+    assert objectives(check_components(settings), "truth") == ("proxy",)
+    composer = Composer(settings)
+    alarms = []
+    for step, (proxy, truth) in enumerate([(0.1, 0.5), (0.4, 0.8), (0.6, 0.75), (0.8, 0.6)]):
+        groups = asyncio.run(composer.columns([values(proxy=[proxy] * 2, truth=[truth] * 2)], step))
+        ((found,), _) = composer.weigh(groups)
+        assert found.totals == (proxy, proxy)
+        alarms.append(composer.learn()["overoptimization/alarm"])
+    assert alarms == [0, 0, 0, 1]
+
+
+def test_a_reward_with_state_sees_the_groups_in_order_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "class Novel:\n"
+        "    'How many texts were seen before.'\n"
+        "    def __init__(self, *, start: int = 0): self.seen = start\n"
+        "    def __call__(self, completion, step):\n"
+        "        if completion == 'die': raise SystemExit\n"
+        "        self.seen += 1\n"
+        "        return self.seen + 100 * step\n"
+        "    def state_dict(self): return {'seen': self.seen}\n"
+        "    def load_state_dict(self, state): self.seen = state['seen']\n"
+    )
+    settings = config({"novel": {"fn": f"{tmp_path}/mine.py:Novel", "start": 5}})
+    composer, (first, second) = stepped(settings, [group("a", "b"), group("c", "die")])
+    assert first.totals == (6.0, 7.0) and second.totals[0] == 8.0 and math.isnan(second.totals[1])
+
+    async def resumed() -> Group:
+        other = Composer(settings)
+        try:
+            other.load_state_dict(json.loads(json.dumps(composer.state_dict())))
+            return (await other.columns([group("d")], 1))[0]
+        finally:
+            await other.close()
+
+    assert asyncio.run(resumed()).columns["novel"] == (109.0,)
+
+
+def test_a_policy_that_knows_its_objectives_wants_the_keys_of_a_mapping_declared() -> None:
+    entry = {"fn": "boxed", "keys": ["a", "b"]}
+    spec = {"policy": "lagrange", "kind": "projected", "thresholds": {"m/a": 0.5}}
+    assert Composer(config({"m": entry}, weighting=spec)).policy.names == ("m/a", "m/b")
+    with pytest.raises(UserError, match="no objective m/a; the run has m"):
+        Composer(config({"m": {"fn": "boxed"}}, weighting=spec))
+
+
+def test_weights_of_components_are_those_of_the_policy_or_refused() -> None:
+    entries = {"a": {"fn": "boxed", "weight": 2.0}, "b": {"fn": "boxed"}}
+    assert Composer(config(entries, weighting={"policy": "softmin"})).policy.weights == {"a": 2.0, "b": 1.0}
+    hyper = Composer(config(entries, weighting={"policy": "hypervolume"})).policy
+    assert hyper.inner.weights == {"a": 2.0, "b": 1.0}
+    with pytest.raises(UserError, match=r"'recap' decides the weights itself, but rewards.components.a has a weight"):
+        Composer(config(entries, weighting={"policy": "recap"}))
 
 
 def test_the_quickstart_reward_of_ones_own_tells_answers_at_once_from_worked_ones(run: Any) -> None:

@@ -77,7 +77,7 @@ def by_name(mix: Mix, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def test_every_registered_policy_is_here() -> None:
-    assert {spec["policy"] for spec in SPECS.values()} == set(weightings) - {"fixed"}
+    assert {spec["policy"] for spec in SPECS.values()} == set(weightings)
 
 
 @every_policy
@@ -197,7 +197,6 @@ def test_specs_are_checked_where_they_are_written() -> None:
         ({"policy": "recap", "windows": 3}, "recap.*did you mean 'window'|did you mean 'window'"),
         ({"policy": "recap", "window": "3"}, "weighting.window"),
         ({"policy": "static", "weights": {"fluent": 1.0}}, "no objective fluent"),
-        ({"policy": "fixed"}, "use static"),
         ({"weights": {}}, "weighting.policy"),
         ({"policy": "gradient", "min_weight": 0.5}, "exceeds 1"),
         ({"policy": "hypervolume", "reference": {"right": 0.0}}, "a value for each"),

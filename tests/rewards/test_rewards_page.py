@@ -1,7 +1,7 @@
 """docs/rewards.md shows what the code has."""
 
-from rewards.composer import METRICS
 from rewards.docs import PAGE, filled
+from rewards.metrics import METRICS
 from rewards.reward import rewards
 
 
