@@ -1,4 +1,4 @@
-"""The command `alignlab`: train, eval, check, grade, ls. Heavy libraries are loaded by the verb that needs them."""
+"""The command `alignlab`: train, eval, check, grade, rescore, ls. A verb loads the heavy libraries that it needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLES = """examples:
   alignlab train configs/gsm8k-smollm2.yaml learner.optimizer.lr=3e-6 steps=20
   alignlab train configs/gsm8k-smollm2.yaml --resume           go on from the newest checkpoint
   alignlab eval runs/gsm8k-smollm2 --benchmarks gsm8k,math500 --data DIR --limit 100
-  alignlab ls                                                  names of methods, parts, rewards, benchmarks
+  alignlab ls                                                  names of methods, parts, rewards, weightings ...
   alignlab ls rewards                                          names, options, one line each
 """
 
@@ -101,16 +101,23 @@ def _parser() -> argparse.ArgumentParser:
     grading.add_argument("--workers", type=_positive(int), default=1, help="scoring processes (default: 1)")
     grading.add_argument("--timeout", type=_positive(float), default=10.0, help="seconds a row may take (default: 10)")
 
+    again = _verb(
+        verbs, "rescore", "what other rewards would have made of a run's completions", _rescore,
+        "alignlab rescore runs/quickstart --config rewards.yaml",
+    )  # fmt: skip
+    again.add_argument("folder", metavar="RUN", help="folder of a run")
+    again.add_argument("--config", help="file with a rewards section, or a config (default: the run's own)")
+    again.add_argument("--out", help="file for every completion with its new total and advantage")
+
     check = _verb(
         verbs, "check", "print what a config would do, render a prompt, score a completion", _check,
         "alignlab check configs/quickstart.yaml",
     )  # fmt: skip
     _config_arguments(check)
 
-    ls = _verb(verbs, "ls", "list what exists: methods, parts, rewards, benchmarks", _ls, "alignlab ls methods")
-    ls.add_argument(
-        "what", nargs="?", choices=("methods", "parts", "rewards", "benchmarks"), help="without it: all names"
-    )
+    ls = _verb(verbs, "ls", "list what exists: methods, parts, rewards ...", _ls, "alignlab ls methods")
+    kinds = ("methods", "parts", "rewards", "shapers", "weightings", "benchmarks")
+    ls.add_argument("what", nargs="?", choices=kinds, help="without it: all names")
     return parser
 
 
@@ -171,6 +178,12 @@ def _grade(arguments: argparse.Namespace) -> int:
     from alignlab.grade import grade_file
 
     return grade_file(arguments)
+
+
+def _rescore(arguments: argparse.Namespace) -> int:
+    from alignlab.rescore import rescore
+
+    return rescore(arguments)
 
 
 def _ls(arguments: argparse.Namespace) -> int:

@@ -11,10 +11,7 @@ WIDEST = 80  # of a column; what is longer pushes the rest of its line aside
 
 
 def listing(what: str | None = None) -> str:
-    """Methods, parts, rewards or benchmarks as a table: name, options, first line of the description.
-
-    Without `what`, the names of all four.
-    """
+    """One kind of things as a table: name, options, first line of the description. Without `what`, all names."""
     if what is not None:
         return table(_ROWS[what]())
     return "\n\n".join(_names(kind) for kind in _ROWS)
@@ -61,9 +58,22 @@ def _parts() -> list[tuple[str, ...]]:
 
 
 def _rewards() -> list[tuple[str, ...]]:
+    from rewards.derived import derived
     from rewards.reward import rewards
 
-    return [("reward", "options", "meaning"), *rewards.describe()]
+    return [("reward", "options", "meaning"), *rewards.describe(), *derived.describe()]
+
+
+def _shapers() -> list[tuple[str, ...]]:
+    from rewards.shaping import shapings
+
+    return [("shaper", "options", "meaning"), *shapings.describe()]
+
+
+def _weightings() -> list[tuple[str, ...]]:
+    from rewards.policies import weightings
+
+    return [("weighting policy", "options", "meaning"), *weightings.describe()]
 
 
 def _benchmarks() -> list[tuple[str, ...]]:
@@ -72,7 +82,14 @@ def _benchmarks() -> list[tuple[str, ...]]:
     return [("benchmark", "file", "about"), *((name, b.file, b.about) for name, b in benchmarks.items())]
 
 
-_ROWS = {"methods": _methods, "parts": _parts, "rewards": _rewards, "benchmarks": _benchmarks}
+_ROWS = {
+    "methods": _methods,
+    "parts": _parts,
+    "rewards": _rewards,
+    "shapers": _shapers,
+    "weightings": _weightings,
+    "benchmarks": _benchmarks,
+}
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -8,5 +8,5 @@ from rewards import (  # noqa: F401  (importing registers)
     math_answer,
     process_reward,
     repetition,
-    trl_names,
+    reward_model,
 )

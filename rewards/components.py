@@ -19,7 +19,7 @@ from typing import Any
 
 from core.config import RewardsConfig
 from core.errors import UserError, nearest
-from core.registry import check_options
+from core.registry import check_options, options_of
 from rewards.derived import derived
 from rewards.reward import Reward, bind, rewards
 from rewards.shaping import Chain, chain
@@ -67,8 +67,8 @@ def check_components(config: RewardsConfig, where: str = "rewards.components") -
     found = {name: _component(name, entry, f"{where}.{name}") for name, entry in config.components.items()}
     for component in found.values():
         for member in component.members:
-            if member not in found or found[member].members:
-                others = [name for name, other in found.items() if not other.members]
+            others = [column for c in found.values() if not c.members for column in c.columns(())]
+            if member not in others:
                 raise UserError(
                     f"{where}.{component.name}.members: '{member}' is no scored component; {nearest(member, others)}"
                 )
@@ -85,8 +85,8 @@ def check_components(config: RewardsConfig, where: str = "rewards.components") -
 def objectives(components: Mapping[str, Component], gold: str | None, known: Collection[str] = ()) -> tuple[str, ...]:
     """The names of the objectives, as far as the columns are `known` or declared."""
     members = {member for c in components.values() for member in c.members}
-    mine = [c for name, c in components.items() if name not in members and name != gold]
-    return tuple(column for c in mine for column in c.columns(known))
+    columns = [(name, column) for name, c in components.items() if name != gold for column in c.columns(known)]
+    return tuple(column for name, column in columns if not members & {name, column})
 
 
 def check_data(
@@ -128,7 +128,14 @@ def _component(name: str, entry: Mapping[str, Any], where: str) -> Component:
     if ":" in fn:
         file, _, function = fn.rpartition(":")
         fn = f"{Path(file).expanduser().resolve()}:{function}"  # scoring processes need not share our directory
-    return Component(name, fn, options, reward, **checked)
+    return Component(name, fn, _absolute(fn, options), reward, **checked)
+
+
+def _absolute(fn: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with absolute paths of folders that lie here: other processes have other working directories."""
+    kinds = {name: p.annotation for name, p in options_of(rewards[fn]).items()} if fn in rewards else {}
+    folders = {n: Path(v).expanduser() for n, v in options.items() if kinds.get(n) in ("Folder", "reward.Folder")}
+    return {**options, **{n: str(path.resolve()) for n, path in folders.items() if path.exists()}}
 
 
 class _Settings:

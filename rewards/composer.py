@@ -73,12 +73,13 @@ class Composer:
         return self._provisional(self._alone(await self._scoring.score(group)))
 
     # ------------------------------------------------------------ a step
-    async def columns(self, groups: Sequence[Group], step: int) -> list[Group]:
+    async def columns(self, groups: Sequence[Group], step: int, *, scored: bool = False) -> list[Group]:
         """The groups of a step with their columns: what rewards with state say, what is derived, everything shaped.
 
-        Groups are taken in the order given, so a resumed run comes to the same states.
+        Groups are taken in the order given, so a resumed run comes to the same states. scored: the groups have the
+        scores of rewards with state already.
         """
-        done = await self._scoring.score_in_order(groups, step)
+        done = list(groups) if scored else await self._scoring.score_in_order(groups, step)
         table = self._columns(done, learn=True)
         names = objectives(self.components, self.config.gold, table.shaped)
         if isinstance(self.policy, Static) and set(names) != set(self.policy.names):

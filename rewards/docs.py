@@ -6,15 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import rewards.metrics
+from core.registry import Registry
+from rewards.derived import derived
+from rewards.policies import weightings
 from rewards.reward import rewards as registry
+from rewards.shaping import shapings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "rewards.md"
 
 
-def reward_table() -> str:
-    """All registered rewards: name, options with defaults, meaning."""
-    rows = [(f"`{name}`", f"`{options}`" if options else "", meaning) for name, options, meaning in registry.describe()]
-    return _table(("name", "options", "value"), rows)
+TABLES: dict[str, tuple[Registry, str]] = {
+    "rewards": (registry, "value"),
+    "derived": (derived, "value"),
+    "shapers": (shapings, "column"),
+    "weightings": (weightings, "what decides the weights"),
+}
+
+
+def registry_table(members: Registry, about: str) -> str:
+    """All members: name, options with defaults, meaning."""
+    rows = [(f"`{name}`", f"`{options}`" if options else "", meaning) for name, options, meaning in members.describe()]
+    return _table(("name", "options", about), rows)
 
 
 def metric_table() -> str:
@@ -30,7 +42,8 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 def filled(page: str) -> str:
     """The page with its generated parts made anew. They stand between <!-- name --> and <!-- end name -->."""
-    for name, text in (("rewards", reward_table()), ("metrics", metric_table())):
+    tables = {name: registry_table(*known) for name, known in TABLES.items()} | {"metrics": metric_table()}
+    for name, text in tables.items():
         before, _, rest = page.partition(f"<!-- {name} -->\n")
         after = rest.partition(f"<!-- end {name} -->")[2]
         page = f"{before}<!-- {name} -->\n{text}<!-- end {name} -->{after}"

@@ -22,7 +22,7 @@ from pydantic import Field
 from core.errors import UserError, nearest
 from rewards import judge_text
 from rewards.guard import guarded, without_special
-from rewards.reward import rewards
+from rewards.reward import Folder, rewards
 from rewards.templates import See, fill, markers, names, question_of, seen, text_of
 from rewards.vllm_judge import Ask, Engine, VLLMJudge
 
@@ -49,7 +49,7 @@ class judge:
     def __init__(
         self,
         *,
-        path: str,
+        path: Folder,
         revision: str | None = None,
         template: str | None = None,
         question_column: str = "question",

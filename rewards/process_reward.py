@@ -26,7 +26,7 @@ from core.errors import UserError, first_line
 from rewards.guard import visible, without_special
 from rewards.judge import check_folder
 from rewards.process import How, collapse, counted
-from rewards.reward import rewards
+from rewards.reward import Folder, rewards
 from rewards.templates import See, fill, names, question_of, seen, text_of
 
 Kind = Literal["token", "causal"]
@@ -58,7 +58,7 @@ class process_reward:
     def __init__(
         self,
         *,
-        path: str,
+        path: Folder,
         kind: Kind = "token",
         step_separator: str | None = None,
         step_tag: str | None = None,

@@ -52,6 +52,9 @@ rewards = Registry("reward")
 Column = str
 """The type of an option that names a column of the data: a run whose data lacks it is refused."""
 
+Folder = str
+"""The type of an option that names a model: a folder here, or a name on the hub."""
+
 Scores = Score | dict[str, Score]  # a mapping where the function returned one
 DETAIL_LIMIT = 500  # characters of an exception that are kept
 
@@ -190,9 +193,9 @@ def bind(fn: str, options: Mapping[str, Any], where: str, beside: tuple[str, ...
     naming = [p for p in options_of(made).values() if p.annotation in ("Column", "reward.Column")]
     _check_names(fn, options, own_options, [p.name for p in inputs], where, beside)
     function = functools.partial(made, **check_options(made, options, where))
-    keeper = None
+    keeper, call_options = None, own_options
     if isinstance(made, type):
-        function = _instance(function, where)
+        function, call_options = _instance(function, where), ()  # its options are no arguments of the call
         keeper = function if hasattr(function, "state_dict") and hasattr(function, "load_state_dict") else None
     return Reward(
         function=function,
@@ -202,10 +205,11 @@ def bind(fn: str, options: Mapping[str, Any], where: str, beside: tuple[str, ...
         columns=(
             *(name for name in required if name not in _OWN and not (name == "step" and keeper is not None)),
             *(options.get(p.name, p.default) for p in naming),
+            *getattr(function, "reads", ()),  # of an object that knows its columns only from its options
         ),
         everything=any(p.kind is p.VAR_KEYWORD for p in parameters),
-        options=own_options,
-        hidden=tuple(name for name in own_options if users and name not in options and name not in _TRL_EXTRAS),
+        options=call_options,
+        hidden=tuple(n for n in call_options if users and n not in options and n not in _TRL_EXTRAS),
         prepare=getattr(function if isinstance(made, type) else made, "prepare", None),
         pool=bool(getattr(made, "pool", False)),
         keeper=keeper,

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from core.budget import by_budget
 from core.errors import UserError, first_line, nearest
-from rewards.reward import rewards
+from rewards.reward import Folder, rewards
 from rewards.reward_text import Encoded, Reading, as_messages, read_reading
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class reward_model:
     def __init__(
         self,
         *,
-        path: str,
+        path: Folder,
         backend: Backend = "transformers",
         device: Device = "auto",
         dtype: Precision = "float32",
@@ -103,7 +103,9 @@ class reward_model:
         if self._reading is None or self._score is None:
             raise RuntimeError("reward_model: prepare() was not called, so no model is loaded")
         if self.question_column != QUESTION and self.question_column not in columns:
-            raise LookupError(f"the data has no column '{self.question_column}'; {nearest(self.question_column, columns)}")
+            raise LookupError(
+                f"the data has no column '{self.question_column}'; {nearest(self.question_column, columns)}"
+            )
         questions = columns.get(self.question_column, prompts)
         rows = [
             self._reading.encode(as_messages(question), answer_text(completion))
@@ -178,12 +180,17 @@ def load_classifier(
         raise UserError(f"{where}: transformers cannot load '{path}' as a classifier: {first_line(error)}") from error
     if model.config.num_labels != 1:
         raise UserError(f"{where}: {path} has {model.config.num_labels} labels; a reward model has one")
-    if info["missing_keys"] and not new_head:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"{where}: the files of {path} lack {missing}, so its scores would be random")
+    missing = sorted(name for name in info["missing_keys"] if not (new_head and _of_head(model, name)))
+    if missing:
+        raise UserError(f"{where}: the files of {path} lack {', '.join(missing[:3])}, which would be random numbers")
     if dtype != "float32":
         _keep_head_in_float32(model)
     return model.to(device).eval(), tokenizer
+
+
+def _of_head(model: Any, name: str) -> bool:
+    """Whether a parameter belongs to the head, or to a pooler before it, and not to the body."""
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
 def _keep_head_in_float32(model: Any) -> None:

@@ -229,7 +229,12 @@ def test_a_head_that_the_files_do_not_hold_is_refused(copied) -> None:
     state = load_file(folder / "model.safetensors")
     del state["classifier.weight"]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    assert "lack classifier.weight, so its scores would be random" in refusal(folder)
+    assert "lack classifier.weight, which would be random numbers" in refusal(folder)
+    assert load_classifier(str(folder), "float32", "cpu", new_head=True)
+    del state["bert.encoder.layer.1.output.dense.bias"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"--base: the files of .* lack bert\.encoder\.layer\.1\.output\.dense\.bias, "):
+        load_classifier(str(folder), "float32", "cpu", new_head=True, where="--base")
 
 
 def test_a_classifier_of_two_labels_is_refused(tmp_path) -> None:

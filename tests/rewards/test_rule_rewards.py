@@ -1,10 +1,9 @@
-"""Options of several letters, L1's exact target, rewards with state, TRL's names."""
+"""Options of several letters, L1's exact target, rewards with state."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 import pytest
 
@@ -12,14 +11,6 @@ from core.errors import UserError
 from rewards.choices import soft_multichoice
 from rewards.length import conciseness, kimi_length, l1_exact, traac_length
 from rewards.reward import Samples, bind
-from rewards.trl_names import (
-    accuracy_reward,
-    get_cosine_scaled_reward,
-    get_repetition_penalty_reward,
-    get_soft_overlong_punishment,
-    reasoning_accuracy_reward,
-    think_format_reward,
-)
 
 RIGHT, WRONG = r"\boxed{5}", r"\boxed{4}"
 
@@ -135,25 +126,3 @@ def test_group_rewards_read_chat_messages_too() -> None:
     ids = [tokens(2), tokens(4)]
     assert kimi_length(chat, ids, answer=["5"] * 2) == [0.5, -0.5]
     assert traac_length()(chat, ids, 1, answer=["5"] * 2) == [0, 0]
-
-
-def test_the_rewards_of_trl_keep_their_names_and_options() -> None:
-    assert accuracy_reward(rf"{RIGHT}", "5").value == 1 and accuracy_reward("5", "5").value == 0
-    assert think_format_reward("<think>a</think>b") == 1 and think_format_reward("b") == 0
-    assert get_soft_overlong_punishment(tokens(90), max_completion_len=100, soft_punish_cache=20) == -0.5
-    assert get_repetition_penalty_reward([5, 5, 5, 5, 5], ngram_size=2) == -0.75
-    assert get_cosine_scaled_reward(RIGHT, tokens(50), "5", max_len=100) == pytest.approx(0.75)
-    assert get_cosine_scaled_reward(WRONG, tokens(0), "5", max_len=100, min_value_wrong=-2.0) == pytest.approx(-2)
-
-
-@pytest.mark.parametrize(
-    ("text", "options", "value"),
-    [
-        (rf"<think>{WRONG}</think>{RIGHT}", {}, 1),
-        (rf"<think>{RIGHT}</think> so", {}, 0),
-        (rf"<think>{RIGHT}", {}, 0),
-        (rf"hm ### {RIGHT}", {"reasoning_delimiters": ("###",)}, 1),
-    ],
-)
-def test_what_follows_the_reasoning_is_compared(text: str, options: dict[str, Any], value: float) -> None:
-    assert reasoning_accuracy_reward(text, "5", **options).value == value
