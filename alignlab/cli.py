@@ -1,4 +1,4 @@
-"""The command `alignlab`: train, eval, check, grade, rescore, ls. A verb loads the heavy libraries that it needs."""
+"""The command `alignlab` and its verbs. Heavy libraries are loaded by the verb that needs them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import select
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 EXAMPLES = """examples:
   alignlab check configs/gsm8k-smollm2.yaml                    what would happen, without starting anything
@@ -62,67 +65,96 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    train = _verb(
-        verbs, "train", "run a config to its last step", _train, "alignlab train configs/quickstart.yaml steps=20"
-    )
-    _config_arguments(train)
-    train.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
-
-    evaluate = _verb(
-        verbs, "eval", "evaluate a policy on benchmarks", _eval,
-        "alignlab eval runs/quickstart --benchmarks gsm8k,math500 --data DIR --limit 100",
-    )  # fmt: skip
-    evaluate.add_argument("model", help="a run's folder, a checkpoint, a Hugging Face folder, or a hub name")
-    evaluate.add_argument(
-        "--benchmarks", required=True, help="names from `alignlab ls benchmarks` or JSONL files, by comma"
-    )
-    evaluate.add_argument("--data", help="folder with the benchmarks' JSONL files (without it: the hub)")
-    evaluate.add_argument("--limit", type=int, help="problems per benchmark (default: all)")
-    evaluate.add_argument("--samples", type=int, default=1, help="k: completions per problem (default: 1)")
-    evaluate.add_argument("--temperature", type=float, help="default: 0 (greedy) for one sample, 1 for more")
-    evaluate.add_argument("--max-tokens", type=int, help="longest completion (default: the benchmark's)")
-    evaluate.add_argument(
-        "--template", help="user message, {prompt} is the question (default: the run's or benchmark's)"
-    )
-    evaluate.add_argument("--out", help="where results go (default: the run's evals/, or evals/MODEL)")
-    evaluate.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
-    evaluate.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="options of the actors, e.g. actors.count=2"
-    )
-
-    grading = _verb(
-        verbs, "grade", "what the answer checker says of the rows of a file", _grade,
-        "alignlab grade answers.jsonl > verdicts.jsonl",
-    )  # fmt: skip
-    grading.add_argument("file", help="JSONL file with the columns gold and completion")
-    grading.add_argument("--out", help="where the verdicts go (default: the terminal)")
-    grading.add_argument("--extract", choices=("boxed", "marked", "any"), default="marked", help="where an answer is")
-    grading.add_argument("--workers", type=_positive(int), default=1, help="scoring processes (default: 1)")
-    grading.add_argument("--timeout", type=_positive(float), default=10.0, help="seconds a row may take (default: 10)")
-
-    again = _verb(
-        verbs, "rescore", "what other rewards would have made of a run's completions", _rescore,
-        "alignlab rescore runs/quickstart --config rewards.yaml",
-    )  # fmt: skip
-    again.add_argument("folder", metavar="RUN", help="folder of a run")
-    again.add_argument("--config", help="file with a rewards section, or a config (default: the run's own)")
-    again.add_argument("--out", help="file for every completion with its new total and advantage")
-
-    check = _verb(
-        verbs, "check", "print what a config would do, render a prompt, score a completion", _check,
-        "alignlab check configs/quickstart.yaml",
-    )  # fmt: skip
-    _config_arguments(check)
-
-    ls = _verb(verbs, "ls", "list what exists: methods, parts, rewards ...", _ls, "alignlab ls methods")
-    kinds = ("methods", "parts", "rewards", "shapers", "weightings", "benchmarks")
-    ls.add_argument("what", nargs="?", choices=kinds, help="without it: all names")
+    for add in (_add_train, _add_eval, _add_report, _add_rescore, _add_grade, _add_fit_reward, _add_check, _add_ls):
+        add(verbs)
     return parser
 
 
+def _add_train(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs, "train", "run a config to its last step", _train, "alignlab train configs/quickstart.yaml steps=20"
+    )
+    _config_arguments(verb)
+    verb.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+
+
+def _add_eval(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs, "eval", "evaluate a policy on benchmarks", _eval,
+        "alignlab eval runs/quickstart --benchmarks gsm8k,math500 --data DIR --limit 100",
+    )  # fmt: skip
+    verb.add_argument("model", help="a run's folder, a checkpoint, a Hugging Face folder, or a hub name")
+    verb.add_argument(
+        "--benchmarks", required=True, help="names from `alignlab ls benchmarks` or JSONL files, by comma"
+    )
+    verb.add_argument("--data", help="folder with the benchmarks' JSONL files (without it: the hub)")
+    verb.add_argument("--limit", type=int, help="problems per benchmark (default: all)")
+    verb.add_argument("--samples", type=int, default=1, help="k: completions per problem (default: 1)")
+    verb.add_argument("--temperature", type=float, help="default: 0 (greedy) for one sample, 1 for more")
+    verb.add_argument("--max-tokens", type=int, help="longest completion (default: the benchmark's)")
+    verb.add_argument("--template", help="user message, {prompt} is the question (default: the run's or benchmark's)")
+    verb.add_argument("--out", help="where results go (default: the run's evals/, or evals/MODEL)")
+    verb.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="options of the actors, e.g. actors.count=2")
+
+
+def _add_report(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs, "report", "one HTML page from the files of one run or several", _report,
+        "alignlab report runs/quickstart",
+    )  # fmt: skip
+    verb.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    verb.add_argument("--out", help="the page (default: report.html in the run's folder, or beside several)")
+
+
+def _add_rescore(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs, "rescore", "what other rewards would have made of a run's completions", _rescore,
+        "alignlab rescore runs/quickstart --config rewards.yaml",
+    )  # fmt: skip
+    verb.add_argument("folder", metavar="RUN", help="folder of a run")
+    verb.add_argument("--config", help="file with a rewards section, or a config (default: the run's own)")
+    verb.add_argument("--out", help="file for every completion with its new total and advantage")
+
+
+def _add_grade(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs, "grade", "what the answer checker says of the rows of a file", _grade,
+        "alignlab grade answers.jsonl > verdicts.jsonl",
+    )  # fmt: skip
+    verb.add_argument("file", help="JSONL file with the columns gold and completion")
+    verb.add_argument("--out", help="where the verdicts go (default: the terminal)")
+    verb.add_argument("--extract", choices=("boxed", "marked", "any"), default="marked", help="where an answer is")
+    verb.add_argument("--workers", type=_positive(int), default=1, help="scoring processes (default: 1)")
+    verb.add_argument("--timeout", type=_positive(float), default=10.0, help="seconds a row may take (default: 10)")
+
+
+def _add_fit_reward(verbs: Verbs) -> None:
+    from alignlab.reward_training import add_arguments
+
+    verb = _verb(
+        verbs, "fit-reward", "train a reward model on pairs of answers", _fit_reward,
+        "alignlab fit-reward pairs.jsonl --base build/minilm --out build/reward-models/polite",
+    )  # fmt: skip
+    add_arguments(verb)
+
+
+def _add_check(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs, "check", "print what a config would do, render a prompt, score a completion", _check,
+        "alignlab check configs/quickstart.yaml",
+    )  # fmt: skip
+    _config_arguments(verb)
+
+
+def _add_ls(verbs: Verbs) -> None:
+    verb = _verb(verbs, "ls", "list what exists: methods, parts, rewards ...", _ls, "alignlab ls methods")
+    kinds = ("methods", "parts", "rewards", "shapers", "weightings", "benchmarks")
+    verb.add_argument("what", nargs="?", choices=kinds, help="without it: all names")
+
+
 def _verb(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    verbs: Verbs,
     name: str,
     about: str,
     run: Callable[[argparse.Namespace], int],
@@ -184,6 +216,18 @@ def _rescore(arguments: argparse.Namespace) -> int:
     from alignlab.rescore import rescore
 
     return rescore(arguments)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from alignlab.report import report
+
+    return report(arguments)
+
+
+def _fit_reward(arguments: argparse.Namespace) -> int:
+    from alignlab.reward_training import fit_reward
+
+    return fit_reward(arguments)
 
 
 def _ls(arguments: argparse.Namespace) -> int:

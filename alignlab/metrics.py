@@ -43,6 +43,9 @@ METRICS: dict[str, Meaning] = {
         "near 1 when max_staleness > 0",
         "low: the learner is the bottleneck; add ranks, or raise rollout.max_staleness",
     ),
+    "sources/<source>": Meaning(
+        "probability with which a prompt of the source is drawn", "settles", "one vanishes: a floor of the mixer"
+    ),
     "rollout/retried": Meaning("groups given to another actor so far, because theirs was lost", "0", "read logs/"),
     "rollout/refused": Meaning("late results of lost actors, thrown away, so far", "0", "raise actors.silence_timeout"),
     "rollout/dropped": Meaning(

@@ -15,6 +15,7 @@ from alignlab import benchmarks
 from alignlab.benchmarks import Benchmark
 from alignlab.cluster import check_room, describe_pools, here, pools
 from alignlab.prompts import Row, check_rows, check_template, is_file, load_rows
+from alignlab.sources import check_sources
 from core.config import ModelConfig, RunConfig
 from core.errors import UserError, first_line, nearest
 from core.schema import Group, Sampling
@@ -102,7 +103,10 @@ def _load(config: RunConfig) -> tuple[list[Row], dict[str, tuple[Benchmark, list
     for name, (_, rows) in problems.items():
         # The problems are put in the words of the training data, whose template may name more columns.
         check_rows(rows, config.data.model_copy(update={**asked, "path": f"benchmark {name}"}))
-    return load_rows(config.data), problems
+    rows = load_rows(config.data)
+    if config.data.sources is not None:
+        check_sources(config.data, rows)
+    return rows, problems
 
 
 def load_benchmarks(config: RunConfig) -> dict[str, tuple[Benchmark, list[Row]]]:

@@ -18,8 +18,8 @@ from actors.pool import ActorLost
 from alignlab import coordinator as c
 from alignlab.metrics import MetricsWriter, group_metrics, rollout_rows, step_line
 from alignlab.plan import Plan
-from alignlab.prompts import PromptStream
 from alignlab.run_dir import RunDir
+from alignlab.sources import advantage_signal, alignment_signal, by_source
 from core.schema import Group, GroupRequest, Mixture, group_id, sample_seed
 from rewards.math_answer import final_answer
 
@@ -42,7 +42,7 @@ class Run:
     plan: Plan
     run_dir: RunDir
     coordinator: c.Coordinator
-    prompts: PromptStream
+    prompts: Any  # `alignlab.prompts.PromptStream`, `alignlab.sources.MixedPrompts`
     actors: Any
     composer: Any
     learner: Any
@@ -199,6 +199,7 @@ class Run:
         rates, means = self.actors.metrics(), await self._evaluate(version)
         if not self.plan.demonstrations:
             metrics |= self.composer.learn(result.kl, means)
+            metrics |= await self._mix_sources(groups, result.advantages)
         self._write(version, groups, result, metrics | times | rates)
         if (every := self.plan.config.checkpoint.every) and version % every == 0:
             await self._checkpoint(version)
@@ -215,6 +216,18 @@ class Run:
         blank = {name: () for name in self.composer.objectives}
         gram, lr = await self.learner.gram([replace(group, weights=blank) for group in groups])
         return self.composer.weigh(groups, gram, lr)
+
+    async def _mix_sources(self, groups: list[Group], advantages: Sequence[Sequence[float]]) -> dict[str, float]:
+        """The probabilities of the sources of prompts, from what this step says of each; nothing without sources."""
+        sources = self.plan.config.data.sources
+        if sources is None:
+            return {}
+        if sources.signal == "advantage":
+            signal = advantage_signal(groups, advantages)
+        else:
+            gram, _ = await self.learner.gram(by_source(groups))
+            signal = alignment_signal(groups, gram, sources.target)
+        return self.prompts.mix(signal, self.coordinator.next_ordinal)
 
     async def _evaluate(self, version: int) -> dict[str, float] | None:
         """The evaluation that is due after this step, written down; its means for the weighting policy, or none."""
@@ -248,6 +261,8 @@ class Run:
         folder = self.run_dir.begin_checkpoint(step)
         await self.learner.save(folder)
         state = {"step": step, "coordinator": self.coordinator.state_dict(), "rewards": self.composer.state_dict()}
+        if self.plan.config.data.sources is not None:
+            state["sources"] = self.prompts.state_dict()
         self.run_dir.commit_checkpoint(step, state, keep=self.plan.config.checkpoint.keep)
         self.saved, self._checkpoint_seconds = step, time.monotonic() - started
 

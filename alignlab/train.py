@@ -17,9 +17,9 @@ from alignlab.demonstrations import Demonstrations
 from alignlab.evaluate import Evaluator
 from alignlab.metrics import MetricsWriter
 from alignlab.plan import Plan, load_tokenizer, make_plan, shown
-from alignlab.prompts import PromptStream
 from alignlab.run import Run, RunAborted
 from alignlab.run_dir import Checkpoint, RunDir
+from alignlab.sources import prompt_stream
 from core.config import RunConfig
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def train(config: RunConfig, *, resume: bool = False) -> int:
     plan = make_plan(config)
     config = plan.config
     tokenizer = load_tokenizer(config.model)
-    prompts = PromptStream(config.data, tokenizer, config.seed, plan.rows)
+    prompts = prompt_stream(config.data, tokenizer, config.seed, plan.rows)
     evaluator = Evaluator(plan, tokenizer)
     run_dir = RunDir.create(config, resume=resume)
     checkpoint = (run_dir.checkpoints() or [None])[-1]
@@ -64,34 +64,18 @@ async def _train(
     plan: Plan,
     run_dir: RunDir,
     tokenizer: Any,
-    prompts: PromptStream,
+    prompts: Any,
     evaluator: Evaluator,
     checkpoint: Checkpoint | None,
 ) -> int:
     """Start the parts, run the loop, end the parts. Returns the number of steps done."""
-    from actors.pool import ActorPool
     from alignlab.handoff import Handoff
-    from learner.pool import LearnerPool
-    from rewards.composer import Composer
-    from rewards.pool import ModelPool
 
     config = plan.config
     first = checkpoint.step if checkpoint else 0
     run_dir.forget_after(first)
     async with AsyncExitStack() as stack:
-        models = ModelPool(config, run_dir.path / "logs")
-        composer = Composer(config.rewards, steps=config.steps, models=models)
-        stack.push_async_callback(composer.close)
-        stack.push_async_callback(models.close)
-        if plan.demonstrations:
-            actors: Any = Demonstrations(config, tokenizer)
-            learner = await LearnerPool.start(config, run_dir.path)
-        else:
-            actors = ActorPool(config, run_dir.path / "logs")
-            stack.push_async_callback(actors.close)
-            learning = LearnerPool.start(config, run_dir.path, reference="kl" in composer.needs)
-            learner = await _together(learning, actors.start(), models.start())
-        stack.push_async_callback(learner.close)
+        actors, composer, learner = await _parts(plan, run_dir, tokenizer, stack)
         coordinator = Coordinator(
             prompts=config.rollout.prompts,
             steps=config.steps,
@@ -102,6 +86,8 @@ async def _train(
             await learner.load(checkpoint.path)
             coordinator.load_state_dict(checkpoint.state()["coordinator"])
             composer.load_state_dict(checkpoint.state()["rewards"])
+            if config.data.sources is not None:
+                prompts.load_state_dict(checkpoint.state()["sources"])
         writer = MetricsWriter(run_dir.path, first_step=first)
         stack.callback(writer.close)
 
@@ -124,6 +110,30 @@ async def _train(
         if coordinator.version >= config.steps:
             writer.write(coordinator.version, (await evaluate(coordinator.version))[0])
         return coordinator.version
+
+
+async def _parts(plan: Plan, run_dir: RunDir, tokenizer: Any, stack: AsyncExitStack) -> tuple[Any, Any, LearnerPool]:
+    """Actors, composer and learner, ready; `stack` ends them."""
+    from actors.pool import ActorPool
+    from learner.pool import LearnerPool
+    from rewards.composer import Composer
+    from rewards.pool import ModelPool
+
+    config, logs = plan.config, run_dir.path / "logs"
+    models = ModelPool(config, logs)
+    composer = Composer(config.rewards, steps=config.steps, models=models)
+    stack.push_async_callback(models.close)
+    stack.push_async_callback(composer.close)
+    if plan.demonstrations:
+        actors: Any = Demonstrations(config, tokenizer)
+        learner = await LearnerPool.start(config, run_dir.path)
+    else:
+        actors = ActorPool(config, logs)
+        stack.push_async_callback(actors.close)
+        learning = LearnerPool.start(config, run_dir.path, reference="kl" in composer.needs)
+        learner = await _together(learning, actors.start(), models.start())
+    stack.push_async_callback(learner.close)
+    return actors, composer, learner
 
 
 async def _together(learner: Coroutine[Any, Any, LearnerPool], *others: Coroutine[Any, Any, None]) -> LearnerPool:
@@ -164,7 +174,7 @@ class _ctrl_c:
         self._run.stop()
 
 
-def _say_start(plan: Plan, run_dir: RunDir, prompts: PromptStream, checkpoint: Checkpoint | None, resume: bool) -> None:
+def _say_start(plan: Plan, run_dir: RunDir, prompts: Any, checkpoint: Checkpoint | None, resume: bool) -> None:
     config, folder = plan.config, shown(run_dir.path)
     print(f"{config.name}: {config.steps} steps into {folder}; tensorboard --logdir {folder}/tensorboard")
     left_out = f", {prompts.too_long} left out as too long" if prompts.too_long else ""

@@ -46,6 +46,19 @@ class ModelConfig(Section):
     """Attention implementation of transformers in the learner."""
 
 
+class SourcesConfig(Section):
+    """Prompts of several sources, drawn with probabilities that a mixer moves."""
+
+    column: str = "source"
+    """Column that names a row's source."""
+    mixer: dict[str, Any] = {"name": "dga"}
+    """{name: dga, and its options}: how the probabilities move (rewards/sources.py)."""
+    signal: Literal["advantage", "gradient"] = "advantage"
+    """What the mixer is told of a source: mean |advantage|, or its gradient's agreement with the target's."""
+    target: str | None = None
+    """Source whose gradient the others are compared with (signal gradient); none is all of them together."""
+
+
 class DataConfig(Section):
     path: str
     """JSONL file, or hub name of a dataset (needs the `hub` extra)."""
@@ -59,6 +72,8 @@ class DataConfig(Section):
     """Column that holds the completion to which the other was preferred; for methods that learn from pairs (`dpo`)."""
     baseline_column: str | None = None
     """Column with a number per prompt that its rewards are compared with; for methods that take it from the data."""
+    sources: SourcesConfig | None = None
+    """Draw prompts by source with moving probabilities; none takes the rows as they come."""
     system: str | None = None
     """System message put before every question; none leaves it out."""
     template: str = "{prompt}"

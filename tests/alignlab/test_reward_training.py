@@ -54,8 +54,9 @@ def test_a_file_of_pairs_becomes_a_reward_model(tmp_path, capsys) -> None:
     assert json.loads((out / "config.json").read_text())["problem_type"] == "regression"
 
 
-@pytest.mark.parametrize("template", [True, False])
-def test_a_decoder_gets_a_pad_token_of_its_own(tmp_path, template) -> None:
+@pytest.mark.parametrize(("template", "pad", "vocabulary"), [(True, "<|pad|>", 400), (False, "<|new|>", 401)])
+def test_a_decoder_gets_a_pad_token_of_its_own(tmp_path, monkeypatch, template, pad, vocabulary) -> None:
+    monkeypatch.setattr("alignlab.reward_training.PAD", pad)  # the tokenizer has the first and lacks the second
     base, out = tiny_decoder(tmp_path / "base", template=template, pad_token_id=1), tmp_path / "out"
     config = json.loads((base / "tokenizer_config.json").read_text()) | {"pad_token": "<|end|>"}
     (base / "tokenizer_config.json").write_text(json.dumps(config))
@@ -65,6 +66,7 @@ def test_a_decoder_gets_a_pad_token_of_its_own(tmp_path, template) -> None:
     together = made(["help", "what is the sky"], ["blue", "red and blue"])
     assert together == pytest.approx(made(["help"], ["blue"]) + made(["what is the sky"], ["red and blue"]), abs=1e-5)
     assert json.loads((out / "reward_model.json").read_text())["form"] == ("chat" if template else "joined")
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == vocabulary
 
 
 def test_a_policy_is_a_base_too(tmp_path) -> None:
