@@ -2,6 +2,7 @@
 
 runs/<name>/config.yaml        the resolved config; `alignlab train` runs it again
             environment.json   versions, machine, command
+            rewards.json       each component: function, options, hash of the user's file, the judge's template
             metrics.jsonl      one line a step and one an evaluation: {"step": 3, "reward/total": 0.4, ...}
             tensorboard/       the same numbers
             warnings.jsonl     what a person should know of a step
@@ -115,6 +116,10 @@ class RunDir:
         path = self.path / "rollouts" / f"step-{step:06d}.jsonl"
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return path
+
+    def write_rewards(self, records: Mapping[str, Any]) -> None:
+        """What stands behind the components of this attempt."""
+        write_atomically(self.path / "rewards.json", json.dumps(records, indent=2, default=str) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drop rollouts and metrics of steps that a resumed run will do again."""

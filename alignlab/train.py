@@ -76,6 +76,7 @@ async def _train(
     run_dir.forget_after(first)
     async with AsyncExitStack() as stack:
         actors, composer, learner = await _parts(plan, run_dir, tokenizer, stack)
+        run_dir.write_rewards({name: component.record() for name, component in composer.components.items()})
         coordinator = Coordinator(
             prompts=config.rollout.prompts,
             steps=config.steps,

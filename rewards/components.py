@@ -11,6 +11,7 @@ of others and `rewards.gold` are components without being objectives.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,16 @@ class Component:
     bounds: tuple[float, float] | None = None  # lowest and highest value, for the report of saturation
     keys: tuple[str, ...] = ()  # of the mapping that the function returns
     references: str | None = None  # column with reference answers to the prompt, or with their scores
+
+    def record(self) -> dict[str, Any]:
+        """What a run writes down of it: the function, its options, and which code or model stands behind the name."""
+        found = {"fn": self.fn, "options": dict(self.options), "members": list(self.members), "shape": list(self.shape)}
+        file = Path(self.fn.rpartition(":")[0])
+        if file.is_file():
+            found["file_hash"] = hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+        if self.reward is not None and hasattr(self.reward.function, "manifest"):
+            found["manifest"] = self.reward.function.manifest()
+        return found
 
     def derive(self) -> Callable[..., Any]:
         """The function of the members' columns."""

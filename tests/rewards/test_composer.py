@@ -198,6 +198,16 @@ def test_mistakes_in_the_config_are_explained_before_anything_starts(components:
     assert str(error.value).startswith(says)
 
 
+def test_a_component_says_what_stands_behind_its_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(completion, *, bonus: float = 1.0): return bonus")
+    found = check_components(config({"m": {"fn": f"{tmp_path}/mine.py:f", "bonus": 2.0}, "boxed": {"shape": ["clip"]}}))
+    record = found["m"].record()
+    assert record["options"] == {"bonus": 2.0} and len(record["file_hash"]) == 32
+    (tmp_path / "mine.py").write_text("def f(completion, *, bonus: float = 1.0): return 2 * bonus")
+    assert found["m"].record()["file_hash"] != record["file_hash"]
+    assert found["boxed"].record() == {"fn": "boxed", "options": {}, "members": [], "shape": ["clip"]}
+
+
 def test_data_without_a_column_that_a_reward_reads_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def near(completion, target, *, scale: float = 1.0): return 0.0\n")
     found = check_components(config({"math_answer": {}, "near": {"fn": f"{tmp_path}/mine.py:near"}}))
