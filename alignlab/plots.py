@@ -184,15 +184,15 @@ def line_plot(
 
 
 def area_plot(layers: Sequence[tuple[str, Sequence[float]]], xs: Sequence[float], *, unit: str) -> Markup:
-    """Layers [name, values at xs], stacked from the bottom, in the order and colours of the legend."""
+    """Layers (colour, values at xs), stacked from the bottom."""
     top = [sum(values) for values in zip(*(values for _, values in layers), strict=True)]
     frame = Frame(span(xs), round_range(top, zero=True))
     parts, below = [], [0.0] * len(xs)
-    for i, (_, values) in enumerate(layers):
+    for colour, values in layers:
         above = [low + value for low, value in zip(below, values, strict=True)]
         edge = [*zip(xs, above, strict=True)], [*zip(xs, below, strict=True)][::-1]
         shape = _pixels(frame, [*thinned(edge[0]), *thinned(edge[1])])
-        parts.append(tag("polygon", points=shape, fill=COLOURS[i % len(COLOURS)], fill_opacity=0.75))
+        parts.append(tag("polygon", points=shape, fill=colour, fill_opacity=0.75))
         below = above
     return _svg(frame, f"{unit} over step, stacked", _axes(frame, "step", unit), *parts)
 
@@ -311,12 +311,25 @@ def _curve(frame: Frame, line: Line) -> Markup:
 
 def _end_labels(frame: Frame, lines: Sequence[Line]) -> Markup:
     """The last value of each curve beside it, moved apart where they would overlap."""
-    ends = sorted((frame.at((frame.x[1], line.ends()[1]))[1], number(line.ends()[1]), line.colour) for line in lines)
-    at, parts = -math.inf, []
-    for y, text, colour in ends:
-        at = max(y, at + 10)
-        parts.append(_text(text, frame.right + 4, min(at, frame.height - 4) + 3.5, "start", "end", colour))
-    return join(parts)
+    ends: dict[str, tuple[float, str]] = {}
+    for value, colour in ((line.ends()[1], line.colour) for line in lines):
+        text = number(value) if abs(value) >= 1e-4 or not value else number(value, 2)
+        ends.setdefault(text, (frame.at((frame.x[1], value))[1], colour))
+    at = apart([y for y, _ in ends.values()], 10.0, frame.bottom)
+    words = zip(at, ends.items(), strict=True)
+    return join(_text(text, frame.right + 4, y + 3.5, "start", "end", colour) for y, (text, (_, colour)) in words)
+
+
+def apart(places: Sequence[float], gap: float, most: float) -> list[float]:
+    """The places moved so that each is `gap` from the next and none is beyond `most`, as little as is simple.
+
+    >>> apart([10, 99, 98], 10, 100)
+    [10, 99, 89]
+    """
+    found, last = list(places), most + gap
+    for i in sorted(range(len(places)), key=lambda i: -places[i]):
+        found[i] = last = min(places[i], last - gap)
+    return found
 
 
 def _bound(frame: Frame, bound: Bound) -> Markup:

@@ -11,6 +11,7 @@ import argparse
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from alignlab.markup import Markup, join, tag
 from alignlab.plan import shown
@@ -23,50 +24,56 @@ from alignlab.run_dir import write_atomically
 from alignlab.run_files import RunFiles, read_run
 from core.errors import UserError
 
-Section = Callable[[Sequence[RunFiles]], Markup]
 
-SECTIONS: tuple[tuple[str, str, Section], ...] = (
-    (
+class Section(NamedTuple):
+    """A part of the page. `overlaid`: runs share its pictures, one colour each."""
+
+    title: str
+    make: Callable[[Sequence[RunFiles]], Markup]
+    intro: str = ""
+    overlaid: bool = False
+
+
+SECTIONS = (
+    Section(
         "Benchmarks",
+        benchmarks,
         "Share of right completions [95 % interval, clustered by problem]; hollow: before, filled: after. The gain is "
         "the mean change over the same problems.",
-        benchmarks,
     ),
-    ("Warnings", "", warnings),
-    (
-        "Reward",
-        "Means over a step's completions; the total has the weights of its step.",
-        reward_curves,
-    ),
-    ("Policy and time", "", policy_curves),
-    (
+    Section("Warnings", warnings),
+    Section("Reward", reward_curves, "Means over a step's completions; the total has the weights of its step.", True),
+    Section("Policy and time", policy_curves, overlaid=True),
+    Section(
         "Weights, constraints and multipliers",
-        "A constraint's measured mean against its bound (dashed, the wrong side shaded), its multiplier beneath.",
         weighting,
+        "A constraint's measured mean against its bound (dashed, the wrong side shaded), its multiplier beneath.",
+        True,
     ),
-    (
+    Section(
         "Pareto plot",
+        pareto,
         "Each run's way through the means of two components, light at the start, dark at the end: of evaluations where "
         "they score components, else of stretches of steps. Ringed: on the front of all points. Dashed: bounds.",
-        pareto,
+        True,
     ),
-    (
+    Section(
         "Over-optimisation",
+        overoptimization,
         "The proxy is what is trained on, the gold component is only watched. Proxy up and gold down is a reward that "
         "is being gamed.",
-        overoptimization,
     ),
-    ("Agreement of the components", "", agreement),
-    ("Scores that failed", "A completion without a score is left out of the means and counted here.", statuses),
-    (
+    Section("Agreement of the components", agreement),
+    Section("Scores that failed", statuses, "A completion without a score is left out of the means and counted here."),
+    Section(
         "Rollouts",
+        rollouts,
         "The best and the worst completion of the groups whose totals are farthest apart, from the first, the middle "
         "and the last step. Blue: advantage above 0, orange: below.",
-        rollouts,
     ),
-    ("All other metrics", "", other_curves),
-    ("Options that differ from their defaults", "", options),
-    ("Environment", "", environment),
+    Section("All other metrics", other_curves, overlaid=True),
+    Section("Options that differ from their defaults", options),
+    Section("Environment", environment),
 )
 
 STYLE = """
@@ -80,29 +87,31 @@ p { margin: 6px 0; max-width: 900px; } .note { color: #666; font-size: 12px; }
 table { border-collapse: collapse; margin: 8px 0; font-size: 13px; }
 th, td { text-align: left; vertical-align: top; padding: 4px 14px 4px 0; border-bottom: 1px solid #eee; }
 td { overflow-wrap: anywhere; } th { font-weight: 600; }
-thead th { color: #666; font-weight: normal; } .facts th { min-width: 90px; }
+thead th { color: #666; font-weight: normal; } .wide { overflow-x: auto; }
+.wide td { min-width: 70px; }
 .benchmarks td, .benchmarks th { vertical-align: middle; } .number { white-space: nowrap; }
 .options td, .options th { font: 12px/1.4 ui-monospace, Menlo, Consolas, monospace; }
 .matrix td { padding: 2px; min-width: 64px; } .matrix td div { padding: 4px 8px; text-align: right; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); gap: 0 20px; margin: 10px 0; }
-.small { grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); } .large { grid-column: span 2; }
+.small { grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); }
+.large { grid-column: span 2; grid-row: span 4; } .large > div { grid-row: 2 / span 3; }
 figure { margin: 0 0 14px; break-inside: avoid; display: grid; grid-row: span 2; grid-template-rows: subgrid; }
 figcaption { font-size: 13px; padding-bottom: 2px; } figcaption > div:first-child { display: flex; flex-wrap: wrap;
   justify-content: space-between; column-gap: 10px; } .ends { color: #444; padding-right: 12px; }
 svg { width: 100%; height: auto; display: block; } svg.intervals { width: 220px; }
 .key span { margin-right: 10px; white-space: nowrap; } .key svg.swatch { display: inline-block; width: 22px;
   height: 10px; margin-right: 4px; }
-text { font: 10px system-ui, Helvetica, Arial, sans-serif; fill: #333; } .tick { fill: #777; } .axis { fill: #555; }
+text { font: 10px system-ui, Helvetica, Arial, sans-serif; } .tick { fill: #777; } .axis { fill: #555; }
 .grid-line { stroke: #e6e6e6; } polyline { fill: none; stroke-linejoin: round; } .broken { fill: #d55e00; opacity: .1; }
 .mark { stroke: #a00; stroke-dasharray: 3 2; } .front { fill: none; stroke: #111; stroke-width: 1.2; }
 .rollout { margin: 12px 0; padding: 8px 0; border-top: 1px solid #ddd; break-inside: avoid; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(360px, 1fr)); gap: 10px; }
 .pair > div { padding: 8px; border-radius: 4px; } .scores span { margin-left: 10px; font-size: 12px; color: #444; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 12px/1.4 ui-monospace, Menlo, Consolas, monospace;
-  margin: 6px 0; } .prompt { color: #555; }
+  margin: 6px 0; max-height: 420px; overflow: auto; } .prompt { color: #555; }
 @page { size: A4; margin: 12mm; }
 @media print { body { font-size: 11px; max-width: none; padding: 0; -webkit-print-color-adjust: exact;
-  print-color-adjust: exact; } nav { display: none; } h2 { break-after: avoid; }
+  print-color-adjust: exact; } nav { display: none; } pre { max-height: none; } h2 { break-after: avoid; }
   .grid { grid-template-columns: 1fr 1fr; } .small { grid-template-columns: 1fr 1fr 1fr; } }
 """
 
@@ -129,29 +138,29 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
 
 def render(runs: Sequence[RunFiles]) -> Markup:
     """The page."""
-    contents = [(title, intro, content) for title, intro, make in SECTIONS if (content := make(runs))]
+    contents = [(section, content) for section in SECTIONS if (content := section.make(runs))]
     title = " and ".join(run.label for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
     notes = [f"{run.label}: {note}" for run in runs for note in run.notes]
-    links = [tag("a", name, href=f"#section-{i}") for i, (name, _, _) in enumerate(contents)]
+    links = [tag("a", section.title, href=f"#section-{i}") for i, (section, _) in enumerate(contents)]
     body = join(
         (
             tag("h1", title),
             facts(runs),
             *(tag("p", note) for note in notes),
             tag("nav", *links),
-            *(_section(runs, i, *content) for i, content in enumerate(contents)),
+            *(_section(runs, i, section, content) for i, (section, content) in enumerate(contents)),
         )
     )
     head = tag("head", tag("meta", charset="utf-8"), tag("title", title), tag("style", Markup(STYLE)))
     return Markup(f"<!doctype html>\n{tag('html', head, tag('body', body), lang='en')}\n")
 
 
-def _section(runs: Sequence[RunFiles], i: int, title: str, intro: str, content: Markup) -> Markup:
+def _section(runs: Sequence[RunFiles], i: int, section: Section, content: Markup) -> Markup:
     return tag(
         "section",
-        tag("h2", title, id=f"section-{i}"),
-        tag("p", intro, class_="note") if intro else None,
-        legend(runs) if "<svg" in content else None,
+        tag("h2", section.title, id=f"section-{i}"),
+        tag("p", section.intro, class_="note") if section.intro else None,
+        legend(runs) if section.overlaid else None,
         content,
     )
 

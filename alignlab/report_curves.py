@@ -49,13 +49,12 @@ def reward_curves(runs: Sequence[RunFiles]) -> Markup:
     names = union(name for run in runs for name in run.components)
     curves = [Curve("total", "reward", ("reward/total",))]
     curves += [Curve(name, "reward", (f"reward/{name}", f"reward/{name}_shaped")) for name in names]
-    pictures = grid(runs, curves, first=[_evaluation(runs, name) for name in benchmarks])
-    return join((tag("p", smoothing(runs), class_="note"), pictures)) if pictures else Markup("")
+    return smoothing(runs, grid(runs, curves, first=[_evaluation(runs, name) for name in benchmarks]))
 
 
 def policy_curves(runs: Sequence[RunFiles]) -> Markup:
     """Lengths, entropy, divergences, clipping, staleness, gradient, and the time of each run's steps."""
-    return grid(runs, POLICY, last=[_time_split(run, len(runs) > 1) for run in runs])
+    return smoothing(runs, grid(runs, POLICY, last=[_time_split(run, len(runs) > 1) for run in runs]))
 
 
 def other_curves(runs: Sequence[RunFiles]) -> Markup:
@@ -67,7 +66,7 @@ def other_curves(runs: Sequence[RunFiles]) -> Markup:
 
 def legend(runs: Sequence[RunFiles]) -> Markup | None:
     """Which colour is which run; nothing to tell of one run."""
-    return None if len(runs) < 2 else key([(run.label, colour_of(i), None) for i, run in enumerate(runs)])
+    return None if len(runs) < 2 else key([(run.label, colour_of(i), run_dash(i)) for i, run in enumerate(runs)])
 
 
 # ---------------------------------------------------------------- pictures
@@ -98,28 +97,27 @@ def row(pictures: Iterable[Markup | None], class_: str = "grid") -> Markup | Non
     return tag("div", *there, class_=class_) if there else None
 
 
-def curve_panel(
-    runs: Sequence[RunFiles], curve: Curve, *, smooth: bool = True, marks: Sequence[tuple[float, str]] = ()
-) -> Markup:
-    """One curve of every run that has it; several metrics differ in colour, or in dashes where colours are runs."""
+def curve_panel(runs: Sequence[RunFiles], curve: Curve, *, smooth: bool = True) -> Markup:
+    """One curve of every run that has it; several metrics differ in dashes, and in colour where those are not runs."""
     lines = []
     for i, run in enumerate(runs):
         for j, name in enumerate(curve.names):
             if points := run.metrics.get(name):
-                colour = colour_of(j if len(runs) == 1 else i)
-                dash = DASHES[j % len(DASHES)] if len(runs) > 1 else None
+                colour, dash = (
+                    (colour_of(j), dash_of(j)) if len(runs) == 1 else (colour_of(i), dash_of(j) or run_dash(i))
+                )
                 lines.append(Line(points, colour, _short(name), dash, smooth=smooth))
     unique = {line.label: line for line in lines}.values()
     names = key([(each.label, each.colour if len(runs) == 1 else "#333", each.dash) for each in unique])
-    picture = line_plot(lines, unit=curve.unit, zero=curve.zero, x=steps_of(runs), marks=marks)
+    picture = line_plot(lines, unit=curve.unit, zero=curve.zero, x=steps_of(runs))
     ends = lines[0] if len(lines) == 1 else None
     return panel(curve.title, picture, ends=ends, below=names if len(unique) > 1 else None)
 
 
 def by_name(run: RunFiles, prefix: str, title: str, unit: str = "", *, smooth: bool = True) -> Markup | None:
-    """All metrics of a run below a prefix in one picture, a colour each."""
+    """All metrics of a run below a prefix in one picture; dashes show curves that lie upon each other."""
     lines = [
-        Line(run.metrics[prefix + name], colour_of(i), name, smooth=smooth)
+        Line(run.metrics[prefix + name], colour_of(i), name, dash_of(i), smooth=smooth)
         for i, name in enumerate(run.names(prefix))
     ]  # fmt: skip
     if not lines:
@@ -156,17 +154,29 @@ def colour_of(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
+def dash_of(index: int) -> str | None:
+    """The dashes of the curve with this place; the first is solid."""
+    return DASHES[index % len(DASHES)]
+
+
+def run_dash(index: int) -> str | None:
+    """The dashes of the run with this place: those beyond the colours have the colours again, and dashes."""
+    return dash_of(index // len(COLOURS))
+
+
 def steps_of(runs: Sequence[RunFiles]) -> tuple[float, float]:
     """The range of steps of all runs."""
-    return span([points[i][0] for run in runs for points in run.metrics.values() for i in (0, -1)] or [0.0, 1.0])
+    low, high = span([points[i][0] for run in runs for points in run.metrics.values() for i in (0, -1)] or [0.0, 1.0])
+    return (0.0 if low <= 1 else low), high
 
 
-def smoothing(runs: Sequence[RunFiles]) -> str:
-    """How curves are smoothed, in words."""
-    widths = sorted({window(len(run.metrics.get("reward/total", ()))) for run in runs if run.metrics})
-    if widths in ([], [1]):
-        return "Every step is drawn as it is."
-    return f"Thin: each step; thick: mean over {' or '.join(map(str, widths))} steps around it."
+def smoothing(runs: Sequence[RunFiles], pictures: Markup) -> Markup:
+    """The pictures, if there are any, below a word on how their curves are smoothed."""
+    widths = sorted({window(max(map(len, run.metrics.values()))) for run in runs if run.metrics})
+    if not pictures or widths == [1]:
+        return pictures
+    told = f"Thin: each step; thick: mean over {' or '.join(map(str, widths))} steps around it."
+    return join((tag("p", told, class_="note"), pictures))
 
 
 def _evaluation(runs: Sequence[RunFiles], benchmark: str) -> Markup:
@@ -177,7 +187,13 @@ def _evaluation(runs: Sequence[RunFiles], benchmark: str) -> Markup:
         ends = [(y[1], z[1]) for y, z in zip(low, high, strict=False)]
         if accuracy:
             lines.append(
-                Line(accuracy, colour_of(i), intervals=ends if len(ends) == len(accuracy) else (), smooth=False)
+                Line(
+                    accuracy,
+                    colour_of(i),
+                    dash=run_dash(i),
+                    intervals=ends if len(ends) == len(accuracy) else (),
+                    smooth=False,
+                )
             )
     picture = line_plot(lines, unit="accuracy", x=steps_of(runs))
     return panel(f"{benchmark}: accuracy", picture, ends=lines[0] if len(lines) == 1 else None)
@@ -190,11 +206,11 @@ def _time_split(run: RunFiles, named: bool) -> Markup | None:
     steps = [step for step in whole if all(step in values for values in parts.values())]
     if not parts or len(steps) < 2:
         return None
-    layers = [(_short(name), [values[step] for step in steps]) for name, values in parts.items()]
-    rest = [max(0.0, whole[s] - sum(v[s] for v in parts.values())) for s in steps]
-    layers.append(("other", rest))
+    layers = [(colour_of(PARTS.index(name)), [values[step] for step in steps]) for name, values in parts.items()]
+    layers.append(("#999999", [max(0.0, whole[s] - sum(values[s] for values in parts.values())) for s in steps]))
     total = sum(sum(values) for _, values in layers) or 1.0
-    shares = [(f"{name} {sum(v) / total:.0%}", colour_of(i), None) for i, (name, v) in enumerate(layers)]
+    names = [*map(_short, parts), "other"]
+    shares = [(f"{n} {sum(values) / total:.0%}", c, None) for n, (c, values) in zip(names, layers, strict=True)]
     title = "time of a step" + (f": {run.label}" if named else "")
     return panel(title, area_plot(layers, steps, unit="seconds"), below=key(shares))
 

@@ -1,6 +1,6 @@
 """The report's first and last tables: what a run was and what it reached; its config and its machine.
 
-Pure functions of `RunFiles`, one column a run; only the gain on a benchmark reads the per-problem rows of `evals/`.
+Pure functions of `RunFiles`; only the gain on a benchmark reads the per-problem rows of `evals/`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from alignlab.markup import Markup, Text, join, number, table, tag
 from alignlab.plots import Line, Point, intervals_plot, round_range
 from alignlab.report_curves import colour_of
-from alignlab.run_files import Evaluated, RunFiles, leaves, read_rows, union
+from alignlab.run_files import Evaluated, RunFiles, leaves, mapping, read_rows, union
 from core.loading import parse_config
 
 REQUIRED = {"name": "any", "steps": 1, "model": {"path": "-"}, "data": {"path": "-"}}
@@ -22,27 +22,24 @@ REQUIRED = {"name": "any", "steps": 1, "model": {"path": "-"}, "data": {"path": 
 
 # ---------------------------------------------------------------- what it was
 def facts(runs: Sequence[RunFiles]) -> Markup:
-    """Name, steps, method, model, rewards, time: one column a run."""
-    columns = [_facts(run) for run in runs]
-    rows = [[name, *(column.get(name, "–") for column in columns)] for name in union(n for c in columns for n in c)]
-    heads = ["", *(tag("span", run.label, style=f"color:{colour_of(i)}") for i, run in enumerate(runs))]
-    return table(heads if len(runs) > 1 else [], rows, class_="facts")
+    """Steps, method, model, rewards, time."""
+    return _compared(runs, [_facts(run) for run in runs])
 
 
-def _facts(run: RunFiles) -> dict[str, Text]:
+def _facts(run: RunFiles) -> dict[str, str]:
     config = run.config
-    found: dict[str, Text] = {"name": run.label}
+    found: dict[str, str] = {}
     found["steps"] = f"{run.steps} of {config['steps']}" if "steps" in config else str(run.steps)
     if "method" in config:
         found["method"] = _method(config["method"])
     for name in ("model", "data"):
-        if path := (config.get(name) or {}).get("path"):
+        if path := mapping(config.get(name)).get("path"):
             found[name] = str(path)
-    rollout = config.get("rollout") or {}
+    rollout = mapping(config.get("rollout"))
     if {"prompts", "group_size"} <= rollout.keys():
         found["a step"] = f"{rollout['prompts']} prompts × {rollout['group_size']} completions"
     if run.components:
-        policy = (run.rewards.get("weighting") or {}).get("policy")
+        policy = mapping(run.rewards.get("weighting")).get("policy")
         found["rewards"] = ", ".join(run.components) + (f"; weighting: {policy}" if policy else "")
     if total := run.metrics.get("reward/total"):
         found["total reward"] = " → ".join(number(value) for value in Line(total).ends())
@@ -71,6 +68,8 @@ def _time(run: RunFiles) -> str:
     try:
         whole = run.times[-1] - datetime.fromisoformat(run.environment["time"]).timestamp()
     except (IndexError, KeyError, TypeError, ValueError):
+        return told
+    if whole < 0:  # the rows are older than the environment: copied from elsewhere
         return told
     return f"{duration(whole)} ({told})" if told else duration(whole)
 
@@ -157,33 +156,40 @@ def _shares(each: Evaluated) -> dict[Any, float]:
 
 # ---------------------------------------------------------------- config and machine
 def options(runs: Sequence[RunFiles]) -> Markup:
-    """Every option that differs from its default in one of the runs; bold where the runs differ."""
+    """Every option that differs from its default in one of the runs."""
     defaults, columns = _defaults(), [leaves(run.config) for run in runs]
-    rows: list[list[Text]] = []
-    for key in union(key for column in columns for key in column):
-        values = [column.get(key) for column in columns]
-        if all(value == defaults.get(key) for value in values):
-            continue
-        cells = [_plain(value) if key in column else "–" for value, column in zip(values, columns, strict=True)]
-        bold = len(set(cells)) > 1
-        default = _plain(defaults[key]) if key in defaults else "–"
-        rows.append([key, *(tag("b", cell) if bold else cell for cell in cells), default])
-    return _columns(runs, "option", rows, "default")
+    keys = union(key for column in columns for key in column)
+    changed = [key for key in keys if any(column.get(key) != defaults.get(key) for column in columns)]
+    shown = [{key: _plain(column[key]) for key in changed if key in column} for column in columns]
+    plain = {key: _plain(defaults[key]) for key in changed if key in defaults}
+    return _compared(runs, shown, plain, class_="options")
 
 
 def environment(runs: Sequence[RunFiles]) -> Markup:
     """Command, versions, machine."""
-    columns = [leaves(run.environment) for run in runs]
+    columns = [{key: _plain(value) for key, value in leaves(run.environment).items()} for run in runs]
+    return _compared(runs, columns, class_="options")
+
+
+def _compared(
+    runs: Sequence[RunFiles],
+    columns: Sequence[Mapping[str, str]],
+    defaults: Mapping[str, str] | None = None,
+    class_: str | None = None,
+) -> Markup:
+    """What all runs have alike, one row each; below it where they differ, one row a run."""
     keys = union(key for column in columns for key in column)
-    rows: list[list[Text]] = [[key, *(_plain(c[key]) if key in c else "–" for c in columns)] for key in keys]
-    return _columns(runs, "", rows)
-
-
-def _columns(runs: Sequence[RunFiles], first: str, rows: Sequence[Sequence[Text]], *last: str) -> Markup:
-    if not rows:
-        return Markup("")
-    heads = [run.label for run in runs] if len(runs) > 1 else ["value"]
-    return table([first, *heads, *last], rows, class_="options")
+    alike = [key for key in keys if len({column.get(key, "–") for column in columns}) == 1]
+    apart = [key for key in keys if key not in alike]
+    default = [[defaults.get(key, "–")] if defaults is not None else [] for key in alike]
+    rows = [[key, columns[0][key], *told] for key, told in zip(alike, default, strict=True)]
+    head = ["", "value" if len(runs) == 1 else "all runs", "default"] if defaults is not None else []
+    parts = [table(head, rows, class_=class_)] if rows else []
+    if apart:
+        each = [[run.label, *(c.get(key, "–") for key in apart)] for run, c in zip(runs, columns, strict=True)]
+        each += [["default", *(defaults.get(key, "–") for key in apart)]] if defaults is not None else []
+        parts.append(tag("div", table(["", *apart], each, class_=class_), class_="wide"))
+    return join(parts)
 
 
 def _defaults() -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignlab.markup import Markup, Text, join, number
+from alignlab.markup import Markup, Text, join, number, tag
 from alignlab.plots import Bound, Line, Path, Point, Side, line_plot, path_plot
-from alignlab.report_curves import Curve, by_name, colour_of, grid, panel, row, steps_of
-from alignlab.run_files import RunFiles, at_steps, common_steps, mean, union
+from alignlab.report_curves import Curve, by_name, colour_of, grid, panel, row, run_dash, steps_of
+from alignlab.run_files import RunFiles, at_steps, common_steps, mapping, mean, union
 from rewards.dynamic import pareto_front
 
 PAIRS = 16  # Pareto plots at most
@@ -52,15 +52,15 @@ def _constraint(runs: Sequence[RunFiles], name: str) -> Markup:
     ]
     pictures = []
     if measured:
-        lines = [Line(points, colour_of(i)) for i, points in measured]
+        lines = [Line(points, colour_of(i), dash=run_dash(i)) for i, points in measured]
         pictures.append(
             line_plot(lines, unit="measured", x=steps, bounds=dashed, x_label="" if multipliers else "step")
         )
     if multipliers:
-        lines = [Line(points, colour_of(i), smooth=False) for i, points in multipliers]
+        lines = [Line(points, colour_of(i), dash=run_dash(i), smooth=False) for i, points in multipliers]
         pictures.append(line_plot(lines, unit="multiplier", x=steps, zero=True, height=160.0))
     words = [_kept(run, name, sense, named=len(runs) > 1) for run, sense in zip(runs, senses, strict=True)]
-    return panel(name, join(pictures), below=join([word for word in words if word], "; "))
+    return panel(name, join(pictures), below=join(tag("div", word) for word in words if word))
 
 
 def _kept(run: RunFiles, name: str, sense: str, *, named: bool) -> str:
@@ -113,8 +113,9 @@ def pareto(runs: Sequence[RunFiles]) -> Markup:
     moments = [moments_of(run, names) for run in runs]
     known = [name for name in names if any(name in each.means for each in moments)]
     planes = [plane for pair in combinations(known, 2) if (plane := _plane(runs, moments, pair))][:PAIRS]
+    large = 640.0, 540.0 if len(planes) > 2 else 440.0  # as high as the two beside it
     pictures = [
-        panel(title, path_plot(paths, **about, size=(380.0, 320.0) if i else (640.0, 440.0)),
+        panel(title, path_plot(paths, **about, size=(380.0, 320.0) if i else large),
               below=better, class_="" if i else "large")
         for i, (title, better, paths, about) in enumerate(planes)
     ]  # fmt: skip
@@ -157,7 +158,7 @@ def _plane(
     everything = [point for own in points for point in own]
     if len(everything) < 2:
         return None
-    up = [_more_is_better(runs[0], name) for name in pair]
+    up = [all(_more_is_better(run, name) for run in runs) for name in pair]
     front, seen, paths = set(pareto_front(np.array(everything), up)), 0, []
     for i, (run, own, each) in enumerate(zip(runs, points, moments, strict=True)):
         on_front = [j for j in range(len(own)) if seen + j in front]
@@ -171,8 +172,7 @@ def _plane(
 
 def _more_is_better(run: RunFiles, name: str) -> bool:
     """Not where the config gives the component a negative weight, or asks it to stay below a bound."""
-    components = run.rewards.get("components")
-    part = components.get(name) or components.get(name.partition("/")[0]) if isinstance(components, Mapping) else None
-    weight = part.get("weight", 1.0) if isinstance(part, Mapping) else 1.0
+    components = mapping(run.rewards.get("components"))
+    weight = mapping(components.get(name, components.get(name.partition("/")[0]))).get("weight", 1.0)
     bounded = f"weighting/threshold/{name}" in run.metrics and sense_of(run, name) == "<="
     return not bounded and (not isinstance(weight, int | float) or weight >= 0)

@@ -60,7 +60,7 @@ class RunFiles:
     @property
     def components(self) -> list[str]:
         """Reward components, those of the config first; one that scores several things has several, `name/key`."""
-        configured = _mapping(self.rewards.get("components"))
+        configured = mapping(self.rewards.get("components"))
         measured = [n.removesuffix("_failed") for n in self.names("reward/") if n.endswith("_failed")]
         parts = {name.partition("/")[0] for name in measured if "/" in name}
         return [name for name in union([*configured, *measured]) if name not in parts or name in measured]
@@ -68,7 +68,7 @@ class RunFiles:
     @property
     def rewards(self) -> Row:
         """The config's section `rewards`."""
-        return _mapping(self.config.get("rewards"))
+        return mapping(self.config.get("rewards"))
 
 
 def read_run(path: Path, label: str | None = None) -> RunFiles:
@@ -162,10 +162,10 @@ def _evaluations(folder: Path, notes: list[str]) -> list[Evaluated]:
     found = []
     for path in sorted(folder.glob("*/*.summary.json")):
         summary, step = _object(path, notes), _step(path.parent)
-        result = _mapping(summary.get("result"))
+        result = mapping(summary.get("result"))
         if step < 0 or not all(_is_number(result.get(name)) for name in ("accuracy", "low", "high")):
             continue
-        sampling = _mapping(summary.get("sampling"))
+        sampling = mapping(summary.get("sampling"))
         how = f"avg@{summary.get('samples', 1)}, temperature {sampling.get('temperature', '?')}"
         how += f", {result.get('problems', '?')} problems, at most {sampling.get('max_tokens', '?')} tokens"
         name = path.name.removesuffix(".summary.json")
@@ -211,5 +211,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _mapping(value: Any) -> Row:
+def mapping(value: Any) -> Row:
+    """The value where it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}

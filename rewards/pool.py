@@ -226,6 +226,8 @@ class _Process:
                 reward = bind(component["fn"], component["options"], name)
                 if reward.prepare is not None:
                     reward.prepare()
+            except UserError as error:
+                return f"{name}: {error}"
             except BaseException as error:
                 return f"{name}: {describe_error(error)}"
             self.rewards[name] = reward

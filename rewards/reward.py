@@ -220,8 +220,8 @@ def _instance(make: Callable[[], Any], where: str) -> Any:
     """The object of a class reward. What its __init__ raises is the user's to mend."""
     try:
         return make()
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except Exception as error:
         raise UserError(f"{where}: {describe_error(error)}") from error
 

@@ -36,11 +36,10 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         _fork_watched()
-    own = os.getpid()
     requests, replies = _own_the_pipes()
     hello = json.loads(requests.readline())
     resource.setrlimit(resource.RLIMIT_AS, (hello["memory_bytes"],) * 2)
-    _send(replies, {"ready": True})
+    replies.send({"ready": True})
     loaded: dict[str, Reward] = {}
     for line in requests:
         request = json.loads(line)
@@ -51,15 +50,13 @@ def main() -> None:
             if request.get("state") is not None:
                 loaded[name].keeper.load_state_dict(request["state"])
         except BaseException as error:
-            _send(replies, {"failed": describe_error(error)})
+            replies.send({"failed": describe_error(error)})
             continue
-        _send(replies, {"loaded": name})
+        replies.send({"loaded": name})
         for scores, seconds in _score(loaded[name], Samples(**request["samples"]), request["todo"]):
-            if os.getpid() != own:  # a child that user code forked and did not end
-                os._exit(0)
-            _send(replies, {"scores": encode(scores), "seconds": seconds})
+            replies.send({"scores": encode(scores), "seconds": seconds})
         if "state" in request:
-            _send(replies, {"state": loaded[name].keeper.state_dict()})
+            replies.send({"state": loaded[name].keeper.state_dict()})
 
 
 def _score(reward: Reward, samples: Samples, todo: list[int]) -> Iterator[tuple[Scores, float]]:
@@ -83,9 +80,9 @@ def _load(name: str, component: Mapping[str, Any]) -> Reward:
     return reward
 
 
-def _own_the_pipes() -> tuple[TextIO, TextIO]:
+def _own_the_pipes() -> tuple[TextIO, _Replies]:
     """(requests, replies) on descriptors of their own; 0 is empty and 1 is the error stream for everybody else."""
-    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    requests, replies = os.fdopen(os.dup(0)), _Replies(os.fdopen(os.dup(1), "w"))
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
@@ -152,9 +149,18 @@ def _children() -> list[int]:
     return found
 
 
-def _send(replies: TextIO, message: Mapping[str, Any]) -> None:
-    replies.write(json.dumps(message) + "\n")
-    replies.flush()
+class _Replies:
+    """The way to the driver, which is this process's alone."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._owner = os.getpid()
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        if os.getpid() != self._owner:  # a child that user code forked and did not end
+            os._exit(0)
+        self._file.write(json.dumps(message) + "\n")
+        self._file.flush()
 
 
 def encode(scores: Scores) -> Any:

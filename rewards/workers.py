@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -122,6 +123,7 @@ class Workers:
         except (_Dead, ValueError, KeyError) as error:
             score = Score("error", detail=f"{error}{process.log()}")
         await process.kill()
+        self._check_open()  # else that is what killed it
         # The completion that was being scored is the culprit; all are where the group is scored at once, or none was.
         culprits = todo if batch or not loaded else todo[:1]
         self._blame(score, time.monotonic() - started, culprits, todo, done)
@@ -139,10 +141,10 @@ class Workers:
         process = None
         if not self._closed:
             process = self._idle.pop() if self._idle else await _Process.start(self._hello)
-        if process is None or self._closed:  # also while it started
-            if process is not None:
-                await process.kill()
-            raise RewardFailure("the scoring processes were closed while completions were being scored")
+        if process is not None and self._closed:  # while it started
+            await process.kill()
+        self._check_open()
+        assert process is not None
         self._busy.add(process)
         whole = False
         try:
@@ -156,6 +158,10 @@ class Workers:
             else:
                 await process.kill()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RewardFailure("the scoring processes were closed while completions were being scored")
+
     async def close(self) -> None:
         """Kill all processes and what they have started."""
         self._closed = True
@@ -167,9 +173,17 @@ class Workers:
 class _Process:
     """One scoring process with its watcher, in a session of their own, seen from the driver."""
 
-    def __init__(self, transport: asyncio.SubprocessTransport, streams: asyncio.subprocess.Process) -> None:
-        self._transport = transport
-        self._process = streams
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        replies: asyncio.StreamReader,
+        requests: asyncio.StreamWriter,
+        printed: asyncio.StreamReader,
+        ends: contextlib.ExitStack,
+    ) -> None:
+        self._process = process
+        self._replies, self._requests, self._printed = replies, requests, printed
+        self._ends = ends  # closes the three
         self._tail = b""
         self._log_task = asyncio.ensure_future(self._keep_log())
         self._killed = False
@@ -177,21 +191,7 @@ class _Process:
     @classmethod
     async def start(cls, hello: Mapping[str, Any]) -> _Process:
         """Start a process and wait until it answers. Raises RewardFailure."""
-        # -P and the package's own folder: what lies in the working directory cannot take the place of our modules.
-        root = str(Path(__file__).resolve().parents[1])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        loop = asyncio.get_running_loop()
-        transport, protocol = await loop.subprocess_exec(
-            lambda: asyncio.subprocess.SubprocessStreamProtocol(limit=REPLY_LIMIT, loop=loop),
-            *(sys.executable, "-P", "-m", "rewards.worker"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            env={**os.environ, **one_thread, "PYTHONPATH": os.pathsep.join(paths)},
-        )
-        process = cls(transport, asyncio.subprocess.Process(transport, protocol, loop))
+        process = await cls._spawn()
         try:
             await process.send(hello)
             await process.receive(START_TIMEOUT)
@@ -203,24 +203,56 @@ class _Process:
             raise
         return process
 
+    @classmethod
+    async def _spawn(cls) -> _Process:
+        """Start a process, connected by a socket for messages and a pipe for what it prints.
+
+        Not by the pipes of asyncio's own: cancelled while they are connected it would wait for ever (Python 3.11), and
+        it takes a process for running as long as a child of it holds them.
+        """
+        # -P and the package's own folder: what lies in the working directory cannot take the place of our modules.
+        root = str(Path(__file__).resolve().parents[1])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            ends, log = socket.socketpair(), os.pipe()
+            ours.callback(ends[0].close)
+            theirs.callback(ends[1].close)
+            theirs.callback(os.close, log[1])
+            printed = asyncio.StreamReader()
+            pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+                lambda: asyncio.StreamReaderProtocol(printed), os.fdopen(log[0], "rb", 0)
+            )
+            ours.callback(pipe.close)
+            replies, requests = await asyncio.open_connection(sock=ends[0], limit=REPLY_LIMIT)
+            ours.callback(requests.transport.abort)
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "rewards.worker"),
+                stdin=ends[1].fileno(),
+                stdout=ends[1].fileno(),
+                stderr=log[1],
+                start_new_session=True,
+                env={**os.environ, **one_thread, "PYTHONPATH": os.pathsep.join(paths)},
+            )
+            return cls(process, replies, requests, printed, ours.pop_all())
+
     @property
     def alive(self) -> bool:
         return not self._killed and self._process.returncode is None
 
     async def send(self, message: Mapping[str, Any]) -> None:
         """Hand over one message. Raises TimeoutError when the process does not take it, _Dead when it is gone."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message, default=str).encode() + b"\n")
+        self._requests.write(json.dumps(message, default=str).encode() + b"\n")
         try:
-            await asyncio.wait_for(self._process.stdin.drain(), START_TIMEOUT)
+            async with asyncio.timeout(START_TIMEOUT):  # wait_for would now and then lose a cancellation
+                await self._requests.drain()
         except ConnectionError:
             raise _Dead(await self._exit_reason()) from None
 
     async def receive(self, seconds: float) -> dict[str, Any]:
         """The next answer. Raises TimeoutError, _Dead when there will be none, ValueError when it is none."""
-        assert self._process.stdout is not None
         deadline = time.monotonic() + seconds
-        line = asyncio.ensure_future(self._process.stdout.readline())
+        line = asyncio.ensure_future(self._replies.readline())
         try:
             # A process that dies may leave children that hold the pipe open, so its end alone is no sure sign.
             while self.alive or line.done():
@@ -235,17 +267,25 @@ class _Process:
                 if not isinstance(answer, dict):
                     raise ValueError("the scoring process answered with something else than a JSON object")
                 return answer
+        except ConnectionError:  # it died with a message unread
+            pass
         finally:
             line.cancel()
         raise _Dead(await self._exit_reason())
 
     async def _exit_reason(self) -> str:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), _GRACE)
+        await self._ended()
+        await asyncio.wait({self._log_task}, timeout=_POLL)  # its last words
         code = self._process.returncode
         if code is not None and code < 0:
             return f"the scoring process died of {signal.Signals(-code).name} (exit code {code})"
         return f"the scoring process ended with exit code {code}"
+
+    async def _ended(self) -> None:
+        """Wait, within limits, until the process has ended."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GRACE):
+                await self._process.wait()
 
     def log(self) -> str:
         """The end of what the process printed, as a part of a sentence; empty if it printed nothing."""
@@ -253,8 +293,7 @@ class _Process:
         return f"; it had printed: ...{text[-300:]}" if text else ""
 
     async def _keep_log(self) -> None:
-        assert self._process.stderr is not None
-        while block := await self._process.stderr.read(65536):
+        while block := await self._printed.read(65536):
             self._tail = (self._tail + block)[-_LOG_TAIL:]
 
     async def kill(self) -> None:
@@ -262,11 +301,9 @@ class _Process:
         self._killed = True
         if self._process.returncode is None:
             self._process.terminate()  # it takes everything along, if it can: see rewards.worker
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), _GRACE)
+            await self._ended()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), _GRACE)
+        await self._ended()
         self._log_task.cancel()
-        self._transport.close()  # else a child that left the session would keep our ends of the pipes open
+        self._ends.close()

@@ -47,10 +47,10 @@ def tiny_encoder(folder: str | Path, seed: int = 0, labels: int = 1, positions: 
     word_tokenizer(folder, positions)
     config = BertConfig(
         vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=32,
+        hidden_size=64,  # heads of 32: vLLM on CPU has no smaller ones
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=64,
+        intermediate_size=128,
         max_position_embeddings=positions,
         initializer_range=0.2,
         num_labels=labels,

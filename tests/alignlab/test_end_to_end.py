@@ -30,6 +30,15 @@ def home(tmp_path_factory):
     # A random policy solves nothing, so the reward is one that it can earn: many different tokens.
     (home / "my_rewards.py").write_text(
         "def varied(completion_ids):\n    return len(set(completion_ids)) / 16 - 0.5 * (completion_ids[0] % 2)\n"
+        "class Rare:\n"
+        "    'Whether the first token is seen for the first time.'\n"
+        "    def __init__(self): self.seen = []\n"
+        "    def __call__(self, completion_ids):\n"
+        "        new = completion_ids[0] not in self.seen\n"
+        "        self.seen.append(completion_ids[0])\n"
+        "        return float(new)\n"
+        "    def state_dict(self): return {'seen': self.seen}\n"
+        "    def load_state_dict(self, state): self.seen = state['seen']\n"
     )
     return home
 
@@ -43,7 +52,24 @@ def config(home, name, **changes):
         "data": {"path": "problems.jsonl", "max_prompt_tokens": 32},
         "rollout": {"prompts": 4, "group_size": 4, "max_tokens": 12},
         "actors": {"kv_cache_gib": 0.1, "max_num_seqs": 32},
-        "rewards": {"components": {"varied": {"fn": "my_rewards.py:varied"}, "math_answer": {"weight": 0.5}}},
+        "rewards": {
+            "components": {
+                "varied": {"fn": "my_rewards.py:varied", "shape": ["meanstd"]},
+                "math_answer": {"weight": 0.5},
+                "rare": {"fn": "my_rewards.py:Rare", "weight": 0.25},
+                "tokens": {"per": 12},
+            },
+            # Multipliers, a violation, a KL to the reference and states go from step to step and through checkpoints.
+            "weighting": {
+                "policy": "lagrange",
+                "kind": "projected",
+                "thresholds": {"tokens": 0.5},
+                "senses": {"tokens": "<="},
+                "kl_budget": 0.0,
+                "lr": 0.5,
+                "proportional": 1.0,
+            },
+        },
         "learner": {"optimizer": {"lr": 1e-4}},
     }
     for path, value in changes.items():
@@ -160,10 +186,10 @@ def test_a_killed_run_resumes_to_the_same_bits(home, plain):
     a, b = (weights(home, name, 4) for name in ("plain", "killed"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     for step in (1, 2, 3, 4):  # and the same rollouts
-        texts = [
-            [row["completion"] for row in rows(f / "rollouts" / f"step-{step:06d}.jsonl")] for f in (plain, folder)
-        ]
-        assert texts[0] == texts[1]
+        one, two = (rows(f / "rollouts" / f"step-{step:06d}.jsonl") for f in (plain, folder))
+        assert one == two
+        weighed = [row["weights"]["tokens"] for row in one]
+        assert weighed[0] < 0 if step > 1 else weighed[0] == 0
     steps = [row["step"] for row in rows(folder / "metrics.jsonl") if "reward/total" in row]
     assert steps == [1, 2, 3, 4]
 

@@ -11,6 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 from algos.methods import resolve
+from core.schema import Mixture
 from learner.learner import Learner
 from learner.model import full
 from learner.ranks import Ranks
@@ -50,6 +51,14 @@ def with_companions(model: Path, row: str, ranks: Ranks | None = None) -> dict[s
     return {"tensors": (worker.export(lambda items: {n: t.clone() for n, t in items}) or {}) | beside}
 
 
+def compared(model: Path, ranks: Ranks | None = None) -> dict[str, Any]:
+    """What a weighting policy asks of the learner: agreement of gradients, KL of every row, columns joined apart."""
+    worker = Learner(samples.config(model, token_budget=80), resolve("grpo"), ranks=ranks, reference=True)
+    table, _ = worker.gram(samples.groups())
+    result = worker.step(samples.groups(), 0, Mixture(apart=True, whiten=False, task=0.5))
+    return {"gram": table, "kl": result.kl, "advantages": result.advantages}
+
+
 def work(rank: int, model: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = Ranks.join(rank, 2, f"file://{folder}/meet", torch.device("cpu"), timeout=120)
@@ -64,6 +73,7 @@ def work(rank: int, model: Path, folder: Path) -> None:
             worker.save(target)
     config = samples.config(model)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    torch.save(compared(model, ranks), folder / f"compared-{rank}.pt")
     halves = Learner(config, resolve("grpo"), ranks=ranks)
     torch.save(run(halves), folder / f"bfloat16-{rank}.pt")
     for row in ROWS:
@@ -94,6 +104,13 @@ def test_two_ranks_train_like_one(two: Path, tiny: Path) -> None:
         for metric in ("policy/loss", "policy/entropy", "policy/kl_ref", "optim/grad_norm", "learner/tokens"):
             assert mine.metrics.get(metric) == pytest.approx(theirs.metrics.get(metric), rel=1e-3, abs=1e-5), metric
     assert [r.metrics for r in first["results"]] == [r.metrics for r in second["results"]]
+
+
+def test_two_ranks_compare_gradients_and_join_columns_like_one(two: Path, tiny: Path) -> None:
+    alone, (first, second) = compared(tiny), load(two, "compared")
+    for key in ("gram", "kl", "advantages"):
+        for together in (first, second):
+            torch.testing.assert_close(torch.tensor(together[key]), torch.tensor(alone[key]), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("row", ROWS)
