@@ -246,17 +246,29 @@ def normalise_then_sum(
     Keeps distinctions that vanish when rewards are summed first: (0, 1) and (1, 0) have the same total.
     Source: GDPO, arXiv 2601.05242; BNPO's advantage decomposition, arXiv 2506.02864; RVPO's soft minimum.
     """
-    factor = component_weights if weights is None else components.new_tensor(weights)
-    columns = torch.stack([estimate(column) for column in components.unbind(1)], dim=1)
-    there = ~torch.isnan(components)
+    factor = (component_weights if weights is None else components.new_tensor(weights)).expand(components.shape)
+    columns = torch.stack([_of_one(estimate(column)) for column in components.unbind(1)], dim=1)
+    factor = torch.where(torch.isnan(components), torch.zeros_like(factor), factor)
+    if columns.dim() == 3:  # one advantage a token
+        factor = factor[:, :, None].expand(columns.shape)
     if reduce == "softmin":
-        return soft_minimum(columns, torch.where(there, factor, torch.zeros_like(columns)), sharpness)
-    total = (torch.where(there, columns, torch.zeros_like(columns)) * factor).sum(1)
+        return soft_minimum(columns, factor, sharpness)
+    total = (torch.where(factor == 0, torch.zeros_like(columns), columns) * factor).sum(1)
     return total if reduce == "sum" else total / components.shape[1]
 
 
+def _of_one(estimate: object) -> Tensor:
+    """The advantage of one component; raises UserError where the method makes more of a reward than an advantage."""
+    if not isinstance(estimate, Tensor):
+        raise UserError(
+            "method: its advantage comes with a critic's targets or in several channels, so it cannot be taken of each "
+            "component on its own; use a weighting that sums first (static, gradient, cv ...), or another method"
+        )
+    return estimate
+
+
 def soft_minimum(columns: Tensor, weights: Tensor, sharpness: float) -> Tensor:
-    """-(1/k) log sum_r w_r exp(-k Z_r) / sum w, [B] of columns and weights >= 0 [B, R]; k = 0 is the mean, no weight 0.
+    """-(1/k) log sum_r w_r exp(-k Z_r) / sum w of columns and weights >= 0 [B, R, ...]; k = 0 is the mean, no weight 0.
 
     Source: RVPO, arXiv 2605.05750; weighted by us.
     """

@@ -205,16 +205,26 @@ class Method:
         return shown | {name: str(value) for name, value in settings.items()}
 
 
-def apart(method: Method, *, whiten: bool, by_std: bool, sharpness: float | None) -> Method:
+# What an advantage may read that is a number of the total reward, and not of a component.
+_OF_TOTALS = {"greedy_rewards", "baselines", "values", "token_rewards", "given_advantages"}
+
+
+def apart(method: Method, *, whiten: bool = True, by_std: bool = True, sharpness: float | None = None) -> Method:
     """The method with an advantage of each reward component on its own, joined afterwards (`normalise_then_sum`).
 
     by_std False divides by nothing; sharpness takes the soft minimum instead of the sum. Raises UserError for a method
-    whose advantage has no division to leave out.
+    whose advantage compares with a number of the total reward, or has no division to leave out.
     """
+    advantage = method.advantage
+    if read := sorted(_OF_TOTALS & set(advantage.inputs)):
+        raise UserError(
+            f"rewards.weighting: this policy takes the advantage of each component on its own, but that of method "
+            f"'{method.name}' reads {', '.join(read)}, which is known of the total only; use a policy that sums first "
+            "(static, gradient, cv ...), or another method"
+        )
     options = {} if sharpness is None else {"reduce": "softmin", "sharpness": sharpness}
     combine = Part("normalise_then_sum", combinations["normalise_then_sum"], options)
     white = (method.whiten or Part("sequence", whitenings["sequence"], {})) if whiten else None
-    advantage = method.advantage
     if not by_std:
         if "scale" not in options_of(advantage.function):
             raise UserError(

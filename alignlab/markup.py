@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 EMPTY = ("circle", "line", "link", "meta", "path", "polygon", "polyline", "rect", "br")  # elements without an end tag
 
@@ -45,11 +45,6 @@ def table(head: Sequence[Text], rows: Iterable[Sequence[Text]], **attributes: Te
     return tag("table", top, tag("tbody", *body), **attributes)
 
 
-def facts(values: Mapping[str, Text]) -> Markup:
-    """Names and values as a list of definitions."""
-    return tag("dl", *(join((tag("dt", name), tag("dd", value))) for name, value in values.items()))
-
-
 def number(value: float | None, digits: int = 3) -> str:
     """A number for people: so many significant digits, thousands apart, none is a dash.
 
@@ -58,6 +53,7 @@ def number(value: float | None, digits: int = 3) -> str:
     """
     if value is None:
         return "–"
+    value += 0.0  # no negative zero
     if 1000 <= abs(value) < 1e7:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}".replace("-", "−", 1) if value < 0 else f"{value:.{digits}g}"

@@ -133,7 +133,7 @@ def _resolve(config: RunConfig) -> Any:
 
     method = resolve(config.method, where="method", context={"max_tokens": config.rollout.max_tokens})
     sampling = "demonstrations" not in method.needs
-    _check_rewards(config, not sampling)
+    _check_rewards(config, method)
     if config.eval.benchmarks and not sampling:
         raise UserError(
             f"eval.benchmarks: method {method.name} learns from demonstrations, so the run has no actors that could "
@@ -249,10 +249,11 @@ def _put(section: Any, option: str, value: Any) -> Any:
 
 
 # ---------------------------------------------------------------- rewards, and the plan as text
-def _check_rewards(config: RunConfig, demonstrations: bool) -> None:
+def _check_rewards(config: RunConfig, method: Any) -> None:
+    from algos.method import apart
     from rewards.composer import Composer
 
-    if demonstrations:
+    if "demonstrations" in method.needs:
         if config.data.completion_column is None:
             raise UserError(
                 "method: it learns from demonstrations, so data.completion_column must name their column "
@@ -272,8 +273,15 @@ def _check_rewards(config: RunConfig, demonstrations: bool) -> None:
             "rewards.components: a run needs at least one, for instance rewards.components.math_answer={weight: 1.0}; "
             "`alignlab ls rewards` lists them"
         )
-    needs = Composer(config.rewards, steps=config.steps).needs
-    if "validation" in needs and not (config.eval.every and config.eval.benchmarks):
+    composer = Composer(config.rewards, steps=config.steps)
+    if composer.policy.apart:
+        apart(method)
+    if composer.policy.steers_kl and method.kl is None:
+        raise UserError(
+            f"rewards.weighting.kl_coef: it is the coefficient of the KL in the loss, where method {method.name} has "
+            "none; add it: method: {row: ..., kl: {coef: 0.001}}"
+        )
+    if "validation" in composer.needs and not (config.eval.every and config.eval.benchmarks):
         raise UserError(
             "rewards.weighting: this policy (or search) learns from evaluations during the run; name eval.benchmarks "
             "and set eval.every, for instance eval.every=10"

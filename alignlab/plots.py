@@ -21,6 +21,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#5
 DASHES = (None, "6 3", "2 2", "8 3 2 3")
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 8, 34  # margins, pixels
 BESIDE = 46  # margin where the curves end in numbers
+NAMED = 12  # curves whose last values are written beside a plot; more would cover each other
 MOST = 800  # points of a curve; more are not seen at this size
 SMOOTH_FROM = 30  # shorter series are drawn as they are
 
@@ -167,7 +168,7 @@ def line_plot(
 ) -> Markup:
     """Curves over a common x; `x` fixes its range, `marks` are vertical lines with a word, `zero` shows 0 on y."""
     points = [p for line in lines for p in line.points] + [p for bound in bounds for p in bound.points]
-    several = len(lines) > 1
+    several = 1 < len(lines) <= NAMED
     values = [y for _, y in points] + [y for line in lines for pair in line.intervals for y in pair]
     frame = Frame(
         x or span([p[0] for p in points]),

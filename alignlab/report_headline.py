@@ -106,13 +106,14 @@ def _benchmark(runs: Sequence[RunFiles], i: int, own: Sequence[Evaluated], axis:
     name = f"{first.benchmark}: {runs[i].label}" if len(runs) > 1 else first.benchmark
     ends = [first, last] if len(own) > 1 else [last]
     bars = [(colour_of(i), (e.result["low"], e.result["high"]), e.result["accuracy"]) for e in ends]
-    before = _accuracy(first) if len(own) > 1 else "–"
+    before = _accuracy(first) if len(own) > 1 or not first.step else "–"
+    after = _accuracy(last) if last.step else "–"
     difference = gain(first, last) if len(own) > 1 else None
     told: Text = "–"
     if difference:
         ends_ = f" [{difference[1]:+.3f}, {difference[2]:+.3f}]"
         told = tag("span", tag("b", f"{difference[0]:+.3f}"), ends_, class_="number")
-    return [name, first.how, before, _accuracy(last), told, intervals_plot(bars, axis)]
+    return [name, first.how, before, after, told, intervals_plot(bars, axis)]
 
 
 def _same(evaluations: Sequence[Evaluated]) -> list[list[Evaluated]]:

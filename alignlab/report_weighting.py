@@ -30,13 +30,27 @@ def weighting(runs: Sequence[RunFiles]) -> Markup:
     constraints = union(name for run in runs for kind in kinds for name in run.names(kind))
     shown = ("weight/", "multiplier/", "measured/", "threshold/")
     rest = union(n for run in runs for n in run.names("weighting/") if not n.startswith(shown))
-    titles = [f"weights in use: {run.label}" if len(runs) > 1 else "weights in use" for run in runs]
-    weights = [
-        by_name(run, "weighting/weight/", title, "weight", smooth=False)
-        for run, title in zip(runs, titles, strict=True)
-    ]  # fmt: skip
-    pictures = [*weights, *(_constraint(runs, name) for name in constraints)]
-    return grid(runs, [Curve(name, "", (f"weighting/{name}",)) for name in rest], smooth=False, first=pictures)
+    pictures = [_weights(run, f": {run.label}" if len(runs) > 1 else "") for run in runs]
+    pictures += [_constraint(runs, name) for name in constraints]
+    curves = [Curve(name, "", (f"weighting/{name}",)) for name in rest]
+    still = [tag("p", told, class_="note") for run in runs if (told := fixed_weights(run))]
+    return join((grid(runs, curves, smooth=False, first=pictures), *still))
+
+
+def _weights(run: RunFiles, suffix: str) -> Markup | None:
+    """The weights of a run over steps; none where they never changed, which is one line of text."""
+    if fixed_weights(run):
+        return None
+    return by_name(run, "weighting/weight/", f"weights in use{suffix}", "weight", smooth=False)
+
+
+def fixed_weights(run: RunFiles) -> str:
+    """The weights of a run that never changed, in words; "" where one did, or where there are none."""
+    values = {name: {y for _, y in run.metrics[f"weighting/weight/{name}"]} for name in run.names("weighting/weight/")}
+    if not values or any(len(own) > 1 for own in values.values()):
+        return ""
+    told = ", ".join(f"{name} {number(value)}" for name, own in values.items() for value in own)
+    return f"{run.label}: fixed weights, {told}."
 
 
 def _constraint(runs: Sequence[RunFiles], name: str) -> Markup:

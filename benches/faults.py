@@ -15,8 +15,9 @@ Five promises, checked for every kind of fault and every rate; a broken one make
 
 The seconds of the faults are measured: from the start of a faulty call to the death of its process, and starting and
 loading the process that takes its place. `ratio` is seconds / (healthy seconds + seconds of the faults / workers).
-Each run is compared with a healthy one right before it; where a machine that is busy with other things upsets the pace,
-both are repeated, twice at most, and `tries` says so. Two quiet cores take about three minutes.
+Each run is compared with a healthy one right before it. Where a machine that is busy with other things upsets the pace,
+or keeps five milliseconds of work waiting past the deadline, both are repeated, twice at most, and `tries` says so. Two
+quiet cores take about three minutes.
 """
 
 from __future__ import annotations
@@ -296,7 +297,7 @@ async def score(calls: list[Call], deadline: float) -> tuple[list[list[Scored]],
         await workers.close()
 
 
-def run(calls: list[Call], deadline: float = 60.0) -> Run:
+def run(calls: list[Call], deadline: float = 120.0) -> Run:
     """One run. Raises TimeoutError past its deadline."""
     with TemporaryDirectory() as home, stopwatch() as taken:
         mark = uuid.uuid4().hex
@@ -419,11 +420,16 @@ def check(kind: str, rates: str, count: int) -> list[str]:
                 broken.append(f"{kind} at {rate:.0%}: ends: it did not end in time")
                 break
             ratio, wrong = judge(faulty, healthy)
-            if not wrong or tries == 3 or not all(what.startswith("pace") for what in wrong):
+            if tries == 3 or not wrong or not all(busy(what) for what in wrong):
                 broken += [f"{kind} at {rate:.0%}: {what}" for what in wrong]
                 print(row(f"{kind} | {rate:.0%}", faulty, f"{healthy.seconds:.2f} | {ratio:.2f} | {tries}"), flush=True)
                 break
     return broken
+
+
+def busy(what: str) -> bool:
+    """Whether a promise may be broken because the machine had other things to do."""
+    return what.startswith("pace") or (what.startswith("alone") and "took longer than" in what)
 
 
 def row(name: str, one: Run, times: str) -> str:

@@ -206,6 +206,8 @@ class Lagrange(Policy):
     Raises UserError for thresholds of unknown objectives and options that do not go together.
     """
 
+    apart = True
+
     def __init__(
         self,
         names: Sequence[str],
@@ -241,6 +243,7 @@ class Lagrange(Policy):
         options |= {"proportional": proportional, "smoothing": smoothing}
         self.multipliers = Multipliers(tuple(self.thresholds), kind, senses=senses, **options)  # type: ignore[arg-type]
         self.kl = None if kl_coef is None else AdaptiveKl(init=kl_coef, target=kl_target)
+        self.steers_kl = self.kl is not None
         self._kl_is_task = kind in ("mu", "xi") and kl_budget is None
         self._check(kl_budget, kl_target, senses)
         uses_kl = (self._kl_is_task and self.kl is None) or kl_budget is not None or kl_target is not None

@@ -179,7 +179,8 @@ class Hypervolume(Policy):
     ) -> None:
         super().__init__(names)
         self.inner = build(inner or {"policy": "static"}, self.names, "hypervolume.inner")
-        self.needs = self.inner.needs | {"validation"}
+        self.needs, self.apart = self.inner.needs | {"validation"}, self.inner.apart
+        self.steers_kl = self.inner.steers_kl
         if self.inner.update_first:
             raise UserError("hypervolume.inner: it must be a policy that learns after use, as the multiplier does")
         chosen = self.names if objectives is None else objectives

@@ -47,6 +47,8 @@ class Variation(Policy):
 class SoftMin(Policy):
     """The soft minimum of the normalised columns: 0 is their mean, a large `sharpness` their minimum. Stateless."""
 
+    apart = True
+
     def __init__(
         self, names: Sequence[str], *, sharpness: float = 1.0, weights: Mapping[str, float] | None = None
     ) -> None:

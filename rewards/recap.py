@@ -55,6 +55,7 @@ class Recap(Policy):
     """
 
     update_first = True
+    apart = True
 
     def __init__(
         self,

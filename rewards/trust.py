@@ -88,7 +88,8 @@ class TrustWeighting(Policy):
         self.outcome, self.thinking = outcome, thinking
         self.alpha, self.threshold, self.degenerate = alpha, threshold, degenerate
         self.inner = build(inner or {"policy": "static"}, self.names, "trust.inner")
-        self.needs, self.update_first = self.inner.needs, self.inner.update_first
+        self.needs, self.update_first, self.apart = self.inner.needs, self.inner.update_first, self.inner.apart
+        self.steers_kl = self.inner.steers_kl
 
     def weigh(self, batch: StepBatch) -> Mix:
         mix = self.inner.weigh(batch)

@@ -32,6 +32,8 @@ class Policy:
 
     needs: frozenset[str] = frozenset()  # what of kl, validation, gram the batch must have
     update_first: bool = False
+    apart: bool = False  # whether its mixes are normalised column by column first
+    steers_kl: bool = False  # whether it decides the coefficient of the KL in the loss
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
@@ -120,7 +122,7 @@ class Static(Policy):
         known(weights or {}, self.names, "static.weights")
         self.weights = dict.fromkeys(self.names, 1.0) | dict(weights or {})
         self.order: Order = order
-        self.whiten = whiten
+        self.whiten, self.apart = whiten, order == "normalize_then_sum"
 
     def weigh(self, batch: StepBatch) -> Mix:
         return Mix(weights=self.row(self.weights, batch), order=self.order, whiten=self.whiten)

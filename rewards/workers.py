@@ -254,11 +254,12 @@ class _Process:
         deadline = time.monotonic() + seconds
         line = asyncio.ensure_future(self._replies.readline())
         try:
-            # A process that dies may leave children that hold the pipe open, so its end alone is no sure sign.
-            while self.alive or line.done():
-                left = deadline - time.monotonic()
+            while True:
+                # Children may hold the socket open, so its end is no sure sign of death; and what a process has sent
+                # before it died counts, though its death may be noticed first.
+                alive, left = self.alive, deadline - time.monotonic()
                 done, _ = await asyncio.wait({line}, timeout=max(0.0, min(_POLL, left)))
-                if done:
+                if done or not alive:
                     break
                 if left <= 0:
                     raise TimeoutError

@@ -125,7 +125,8 @@ def test_a_run_leaves_everything_behind(plain):
     rollouts = rows(plain / "rollouts" / "step-000001.jsonl")
     assert len(rollouts) == 16
     for row in rollouts:
-        assert row["total"] == pytest.approx(row["components"]["varied"] + 0.5 * row["components"]["math_answer"])
+        assert row["weights"] == {"varied": 1.0, "math_answer": 0.5, "rare": 0.25, "tokens": 0.0}
+        assert row["total"] == pytest.approx(sum(row["weights"][n] * row["columns"][n] for n in row["weights"]))
         assert row["versions"] == [0] and row["actor"] == "actor-0"
     summary = json.loads((plain / "evals" / "step-000004" / "few.summary.json").read_text())
     assert summary["result"]["problems"] == 6 and summary["version"] == 4
@@ -223,7 +224,9 @@ def test_overlapped_runs_stay_within_their_staleness(home):
 @pytest.mark.parametrize(("method", "metric"), [("remax", "reward/total"), ("ppo", "critic/value")])
 def test_methods_with_parts_of_their_own_run(home, method, metric):
     """A greedy completion from the actors; a critic on two ranks, and its checkpoint."""
-    path = config(home, method, steps=2, method=method, checkpoint__every=1, learner__ranks=2 if method == "ppo" else 1)
+    ranks = 2 if method == "ppo" else 1
+    changes = {"steps": 2, "checkpoint__every": 1, "learner__ranks": ranks, "rewards__weighting": {"policy": "static"}}
+    path = config(home, method, method=method, **changes)
     train(home, path)
     steps = [row for row in rows(home / "runs" / method / "metrics.jsonl") if "reward/total" in row]
     assert len(steps) == 2 and all(row[metric] is not None for row in steps)

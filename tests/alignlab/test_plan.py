@@ -50,6 +50,9 @@ def plan(*overrides):
 SFT = ("method=sft", "rewards.components={}", "data.completion_column=said")
 
 
+APART = "rewards.weighting={policy: lagrange, kind: mu, thresholds: {math_answer: 0.5}}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -66,6 +69,13 @@ SFT = ("method=sft", "rewards.components={}", "data.completion_column=said")
         ([*SFT, "eval.benchmarks=[few.jsonl]"], "alignlab eval runs/r --benchmarks few.jsonl"),
         ([*SFT, "data.path=mixed.jsonl"], "data.completion_column: mixed.jsonl, row 5"),
         (["rewards.accuracy=math"], "rewards.accuracy: there is no component 'math'; did you mean 'math_answer'"),
+        (["rewards.gold=math"], "rewards.gold: there is no component 'math'; did you mean 'math_answer'"),
+        (["rewards.weighting.policy=hypervolume"], "this policy (or search) learns from evaluations"),
+        ([APART, "method=ppo"], "'ppo' reads token_rewards, values, which is known of the total only"),
+        ([APART, "method=remax"], "'remax' reads greedy_rewards"),
+        ([f"{APART[:-1]}, kl_coef: 0.1}}", "method.kl=none"], "rewards.weighting.kl_coef: it is the coefficient"),
+        (["rewards.threshold_search={gold: a/b, highest: {}}"], "this weighting policy has none; use lagrange"),
+        (["data.sources={column: origin}"], "data.sources.column: data.jsonl, row 1: no column 'origin'"),
         ([*SFT, "data.rejected_column=said"], "data.rejected_column: method sft does not read it; leave it out"),
         ([*SFT, "method=dpo"], "data.rejected_column: method dpo reads the completion that was not chosen from it"),
         (["method=a_star_po"], "data.baseline_column: method a_star_po reads a number per prompt from it"),

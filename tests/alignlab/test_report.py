@@ -13,7 +13,7 @@ from alignlab.report import render, report, write_report
 from alignlab.report_headline import benchmarks, gain
 from alignlab.report_rewards import proxy_and_gold
 from alignlab.report_rollouts import chosen, ends, tint, widest
-from alignlab.report_weighting import moments_of, sense_of
+from alignlab.report_weighting import fixed_weights, moments_of, pareto, sense_of
 from alignlab.run_files import read_run
 from core.errors import UserError
 
@@ -259,6 +259,22 @@ def test_text_is_escaped_unless_it_is_markup():
 def test_the_sense_of_a_constraint_is_the_configs(folder):
     run = read_run(folder)
     assert sense_of(run, "tokens") == "<=" and sense_of(run, "right") == ">="  # the default of projected
+
+
+def test_weights_that_never_change_are_a_line_of_text(folder):
+    run = read_run(folder)
+    assert fixed_weights(run) == ""  # that of tokens falls
+    rows = [{"step": s, "weighting/weight/right": 1.0, "weighting/weight/tokens": -0.0} for s in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert fixed_weights(read_run(folder)) == "made-up: fixed weights, right 1, tokens 0."
+
+
+def test_a_component_that_one_run_holds_below_a_bound_is_better_when_it_is_less(folder, tmp_path):
+    free = tmp_path / "free"
+    free.mkdir()
+    rows = [{"step": s, "reward/right": s / 4, "reward/tokens": s / 4, "reward/tokens_failed": 0.0} for s in (1, 2)]
+    (free / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "better: left and up" in pareto([read_run(free), read_run(folder)])  # right against tokens
 
 
 def test_a_pareto_path_is_of_evaluations_where_they_score_components(folder):
