@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (_add_train, _add_eval, _add_report, _add_rescore, _add_grade, _add_fit_reward, _add_check, _add_ls):
+    for add in (_add_train, _add_eval, _add_check, _add_ls, _add_report, _add_rescore, _add_grade):
+        add(verbs)
+    for add in (_add_fit_reward, _add_fit_thresholds):
         add(verbs)
     return parser
 
@@ -137,6 +139,17 @@ def _add_fit_reward(verbs: Verbs) -> None:
         "alignlab fit-reward pairs.jsonl --base build/minilm --out build/reward-models/polite",
     )  # fmt: skip
     add_arguments(verb)
+
+
+def _add_fit_thresholds(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs, "fit-thresholds", "where to hold the components, from runs that were not constrained", _fit_thresholds,
+        "alignlab fit-thresholds runs/a runs/b --gold reward/truth",
+    )  # fmt: skip
+    verb.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, best one a component and without KL")
+    verb.add_argument("--gold", required=True, help="metric that says what is good, e.g. eval/heldout/accuracy")
+    verb.add_argument("--components", help="names by comma (default: all that the runs have weighed)")
+    verb.add_argument("--degree", type=_positive(int), default=2, help="of the fitted surface (default: 2)")
 
 
 def _add_check(verbs: Verbs) -> None:
@@ -228,6 +241,12 @@ def _fit_reward(arguments: argparse.Namespace) -> int:
     from alignlab.reward_training import fit_reward
 
     return fit_reward(arguments)
+
+
+def _fit_thresholds(arguments: argparse.Namespace) -> int:
+    from alignlab.thresholds import fit_thresholds
+
+    return fit_thresholds(arguments)
 
 
 def _ls(arguments: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignlab.warnings import warnings
+from core.config import RewardsConfig
 from core.schema import Group
 
 
@@ -93,14 +94,15 @@ METRICS: dict[str, Meaning] = {
 class MetricsWriter:
     """The one writer. `step` counts updates; a resumed run purges what a lost attempt wrote beyond its checkpoint."""
 
-    def __init__(self, folder: Path, *, first_step: int = 0) -> None:
+    def __init__(self, folder: Path, *, first_step: int = 0, overview: Mapping[str, list[str]] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         purge = first_step + 1 if first_step else None
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
-        self._board.add_custom_scalars({"Overview": {title: ["Multiline", tags] for title, tags in OVERVIEW.items()}})
+        charts = OVERVIEW if overview is None else overview
+        self._board.add_custom_scalars({"Overview": {title: ["Multiline", tags] for title, tags in charts.items()}})
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and one point of each curve, or nothing where there is nothing to write.
@@ -167,6 +169,19 @@ OVERVIEW = {
     "gradient": ["optim/grad_norm"],
     "seconds": ["time/.*"],
 }
+
+
+def overview(rewards: RewardsConfig) -> dict[str, list[str]]:
+    """`OVERVIEW` with what the run's rewards move: weights, bounds with their multipliers, gold against the reward."""
+    found = {}
+    if rewards.weighting.get("policy") != "static":
+        found["weights of the objectives"] = ["weighting/weight/.*"]
+    if "thresholds" in rewards.weighting:
+        found["constraints and their bounds"] = ["weighting/(measured|threshold)/.*"]
+        found["multipliers"] = ["weighting/multiplier/.*"]
+    if rewards.gold is not None:
+        found["gold against the reward"] = ["overoptimization/(gold|proxy)"]
+    return OVERVIEW | found
 
 
 # At most eight numbers, in fixed places; everything else is in the files.

@@ -15,7 +15,7 @@ from alignlab.cluster import cluster
 from alignlab.coordinator import Coordinator
 from alignlab.demonstrations import Demonstrations
 from alignlab.evaluate import Evaluator
-from alignlab.metrics import MetricsWriter
+from alignlab.metrics import MetricsWriter, overview
 from alignlab.plan import Plan, load_tokenizer, make_plan, shown
 from alignlab.run import Run, RunAborted
 from alignlab.run_dir import Checkpoint, RunDir
@@ -89,7 +89,7 @@ async def _train(
             composer.load_state_dict(checkpoint.state()["rewards"])
             if config.data.sources is not None:
                 prompts.load_state_dict(checkpoint.state()["sources"])
-        writer = MetricsWriter(run_dir.path, first_step=first)
+        writer = MetricsWriter(run_dir.path, first_step=first, overview=overview(config.rewards))
         stack.callback(writer.close)
 
         publish = _nothing if plan.demonstrations else Handoff(learner, actors)

@@ -11,11 +11,12 @@ from actors.actor import Failure, Poll
 from actors.engine import EngineSpec, FakeEngine
 from actors.pool import ActorLost
 from alignlab.coordinator import Coordinator
-from alignlab.metrics import MetricsWriter, step_line
+from alignlab.metrics import MetricsWriter, overview, step_line
 from alignlab.plan import Plan
 from alignlab.run import Run, RunAborted
 from alignlab.run_dir import RunDir
 from alignlab.warnings import warnings
+from core.config import RewardsConfig
 from core.loading import parse_config
 from core.schema import Mixture, Prompt, Score
 
@@ -259,6 +260,17 @@ def test_a_skipped_update_and_an_empty_one_are_said(tmp_path):
     writer.close()
     assert line.startswith("warning failing: 'style' failed on 30% of the completions; read")
     assert json.loads((tmp_path / "warnings.jsonl").read_text())["step"] == 3
+
+
+def test_the_overview_shows_what_the_rewards_of_the_run_move():
+    plain = overview(RewardsConfig())
+    held = overview(RewardsConfig(weighting={"policy": "lagrange", "thresholds": {"a": 1.0}}, gold="a"))
+    assert "reward" in plain and set(held) - set(plain) == {
+        "weights of the objectives",
+        "constraints and their bounds",
+        "multipliers",
+        "gold against the reward",
+    }
 
 
 def test_stop_finishes_the_step_and_saves(tmp_path):
