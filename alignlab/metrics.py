@@ -98,6 +98,7 @@ class MetricsWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
+        self._said: dict[tuple[str, str], int] = {}  # step at which something was last said of it
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         purge = first_step + 1 if first_step else None
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
@@ -130,12 +131,20 @@ class MetricsWriter:
             self._board.add_text("completion/best and worst of a group", "\n\n---\n\n".join(map(_markdown, pair)), step)
 
     def warn(self, step: int, metrics: Mapping[str, float], run: Path) -> list[str]:
-        """What a person must be told of a step beside its line, each kept as a line of warnings.jsonl."""
-        found = warnings(metrics, run)
-        if found:
+        """What a person must be told of a step beside its line, each kept as a line of warnings.jsonl.
+
+        What was said of the same thing a few steps ago is not said again.
+        """
+        new = []
+        for found in warnings(metrics, run):
+            if step - self._said.get((found.name, found.about), -math.inf) > found.pause:
+                self._said[found.name, found.about] = step
+                new.append(found)
+        if new:
             with (self._folder / "warnings.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"step": step, **w._asdict()}) + "\n" for w in found)
-        return [f"warning {w.name}: {w.text}; {w.advice}" for w in found]
+                kept = [{"name": w.name, "text": w.text, "advice": w.advice} for w in new]
+                file.writelines(json.dumps({"step": step, **row}) + "\n" for row in kept)
+        return [f"warning {w.name}: {w.text}; {w.advice}" for w in new]
 
     def close(self) -> None:
         """Flush and close both."""

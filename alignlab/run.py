@@ -212,9 +212,12 @@ class Run:
         groups = await self.composer.columns(groups, step)
         if "gram" not in self.composer.needs:
             return self.composer.weigh(groups)
-        # The learner compares the gradients of the columns that weigh; their weights are not known yet.
-        blank = {name: () for name in self.composer.objectives}
-        gram, lr = await self.learner.gram([replace(group, weights=blank) for group in groups])
+        # The learner compares the gradients of the columns that weigh; what they weigh is not known yet.
+        named = [
+            replace(group, weights={name: (1.0,) * len(group.completions) for name in self.composer.objectives})
+            for group in groups
+        ]
+        gram, lr = await self.learner.gram(named)
         return self.composer.weigh(groups, gram, lr)
 
     async def _mix_sources(self, groups: list[Group], advantages: Sequence[Sequence[float]]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -123,15 +124,13 @@ def by_source(groups: Sequence[Group]) -> list[Group]:
     The gradients of these columns, which `Learner.gram` compares, are those of the sources.
     """
     names = sorted({group.prompt.columns["source"] for group in groups})
-    missing = [(float("nan"),) * len(group.completions) for group in groups]
-    return [
-        replace(
-            group,
-            columns={n: group.totals if group.prompt.columns["source"] == n else nothing for n in names},
-            weights=dict.fromkeys(names, ()),
-        )
-        for group, nothing in zip(groups, missing, strict=True)
-    ]
+
+    def apart(group: Group) -> Group:
+        ones, missing = ((value,) * len(group.completions) for value in (1.0, math.nan))
+        columns = {n: group.totals if group.prompt.columns["source"] == n else missing for n in names}
+        return replace(group, columns=columns, weights=dict.fromkeys(names, ones))
+
+    return list(map(apart, groups))
 
 
 def alignment_signal(groups: Sequence[Group], gram: Sequence[Sequence[float]], target: str | None) -> dict[str, float]:

@@ -13,9 +13,11 @@ class Finding(NamedTuple):
     name: str
     text: str
     advice: str
+    about: str = ""  # which component or objective
+    pause: int = 20  # steps for which it is not said again
 
 
-CORRELATION = -0.5  # of two objectives within groups
+CORRELATION = -0.7  # of two objectives within groups
 SATURATED = 0.95  # share of an objective's values at its upper bound
 FAILING = 0.05  # share of completions that a component could not score
 
@@ -28,10 +30,11 @@ def warnings(metrics: Mapping[str, float], run: Path) -> list[Finding]:
 def _updates(metrics: Mapping[str, float], run: Path) -> Iterator[Finding]:
     if metrics.get("optim/skipped", 0) > 0:
         text = f"{metrics['optim/skipped']:g} update(s) skipped: loss or gradient was not finite"
-        yield Finding("skipped", text, f"the weights stayed as they were; the batch is in {run / 'skipped'}")
+        yield Finding("skipped", text, f"the weights stayed as they were; the batch is in {run / 'skipped'}", pause=0)
     if metrics.get("optim/empty", 0) > 0:
         text = f"{metrics['optim/empty']:g} update(s) had nothing to train on"
-        yield Finding("empty", text, "every completion was filtered, rejected or empty: see policy/filtered, /rejected")
+        advice = "every completion was filtered, rejected or empty: see policy/filtered, policy/rejected"
+        yield Finding("empty", text, advice, pause=0)
 
 
 def _rewards(metrics: Mapping[str, float]) -> Iterator[Finding]:
@@ -52,10 +55,12 @@ def _each(metrics: Mapping[str, float]) -> Iterator[Finding]:
         part, _, objective = what.partition("/")
         if kind == "diagnostics" and part == "saturated" and value > SATURATED:
             text = f"{value:.0%} of '{objective}' at its upper bound"
-            yield Finding("saturated", text, "it is solved or gamed: lower its weight, or harder prompts")
+            yield Finding("saturated", text, "it is solved or gamed: lower its weight, or harder prompts", what)
         if kind == "diagnostics" and part == "correlation" and value < CORRELATION:
             text = f"{objective.replace('/', ' and ')} correlate at {value:.2f} within groups"
-            yield Finding("divergence", text, "the policy writes what they judge differently: read the rollouts")
+            yield Finding("divergence", text, "the policy writes what they judge differently: read the rollouts", what)
         if kind == "reward" and what.endswith("_failed") and value > FAILING:
             text = f"'{what.removesuffix('_failed')}' failed on {value:.0%} of the completions"
-            yield Finding("failing", text, "read `missing` in the rollouts; above rewards.max_failed the run stops")
+            yield Finding(
+                "failing", text, "read `missing` in the rollouts; above rewards.max_failed the run stops", what
+            )

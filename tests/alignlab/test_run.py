@@ -92,7 +92,7 @@ class FakeLearner:
     fail: bool = False
 
     async def gram(self, groups):
-        assert all(set(group.weights) == {"length"} for group in groups)
+        assert all(group.weights == {"length": (1.0,) * len(group.completions)} for group in groups)
         return [[1.0]], 0.5
 
     async def step(self, groups, version, mixture):
@@ -257,9 +257,14 @@ def test_a_skipped_update_and_an_empty_one_are_said(tmp_path):
     assert str(tmp_path / "skipped") in skipped.advice and empty.text == "2 update(s) had nothing to train on"
     writer = MetricsWriter(tmp_path)
     (line,) = writer.warn(3, {"reward/style_failed": 0.3}, tmp_path)
+    assert writer.warn(4, {"reward/style_failed": 0.3, "reward/other_failed": 0.01}, tmp_path) == []  # said just now
+    assert len(writer.warn(5, {"reward/other_failed": 0.3, "optim/empty": 1.0}, tmp_path)) == 2
+    assert len(writer.warn(6, {"reward/other_failed": 0.3, "optim/empty": 1.0}, tmp_path)) == 1
+    assert len(writer.warn(24, {"reward/style_failed": 0.3}, tmp_path)) == 1
     writer.close()
     assert line.startswith("warning failing: 'style' failed on 30% of the completions; read")
-    assert json.loads((tmp_path / "warnings.jsonl").read_text())["step"] == 3
+    kept = [json.loads(row) for row in (tmp_path / "warnings.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in kept] == [3, 5, 5, 6, 24]
 
 
 def test_the_overview_shows_what_the_rewards_of_the_run_move():

@@ -10,6 +10,7 @@ from alignlab.sources import advantage_signal, alignment_signal, by_source, prom
 from core.config import DataConfig
 from core.errors import UserError
 from core.schema import Completion, Group, Prompt
+from learner.collate import collate
 
 
 class Tokenizer:
@@ -58,7 +59,8 @@ def test_what_a_step_says_of_its_sources():
     assert advantage_signal(groups, [[1.0, -1.0], [math.nan, 0.5], [0.0, 0.0]]) == {"easy": 0.5, "hard": 0.5}
     easy, hard, _ = by_source(groups)
     assert easy.columns["easy"] == (1.0, 0.0) and all(map(math.isnan, easy.columns["hard"]))
-    assert hard.columns["hard"] == (0.5, 0.5) and list(hard.weights) == ["easy", "hard"]
+    assert hard.columns["hard"] == (0.5, 0.5) and hard.weights == {"easy": (1.0, 1.0), "hard": (1.0, 1.0)}
+    assert collate([easy, hard], apart=True)[0].rewards.shape == (4, 2)  # as the learner takes them
     # Two of three groups are easy: means are 3/2 and 3 times the sums.
     gram = [[2.0, 1.0], [1.0, 4.0]]
     assert alignment_signal(groups, gram, None) == {"easy": 1.5 * 3.0, "hard": 3.0 * 5.0}

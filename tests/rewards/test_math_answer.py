@@ -54,6 +54,16 @@ RIGHT = [
     ("the 60th caller", "The 60th caller."),
     ("12:50", "12:50"),
     ("4343_{6}", "4343_6"),
+    (".5", "0.5"),
+    ("9:30 PM", "9:30 p.m."),
+    ("1, 2, 2", "2, 1, 2"),
+    (r"\varnothing", r"\emptyset"),
+    (r"5 \text{ million}", "5,000,000"),
+    ("1.2 million dollars", "1200000"),
+    ("2 dozen eggs", "24"),
+    ("2 hr", r"2 \text{ hours}"),
+    (r"12\text{ inches}", "12 in."),
+    (r"\sum_{k=1}^{n} k", r"\sum_{k=1}^nk"),
 ]
 WRONG = [
     ("71", "72"),
@@ -79,6 +89,17 @@ WRONG = [
     ("10:12", "5:6"),
     ("The answer is 5", "5"),
     ("", "5"),
+    (".5", "5"),
+    ("5 million", "5"),
+    (r"7 \text{ thousand dollars}", "7"),
+    ("2 dozen", "2"),
+    (r"12 \text{ cm}", r"12 \text{ m}"),
+    ("5 dollars", "5 cents"),
+    ("1, 1, 2", "1, 2, 2"),
+    (r"\{1, 2\}", "(1, 2)"),
+    ("-3:4", "3:4"),
+    ("15:2", "1.5:2"),
+    (r"\sum_{k=1}^{3} k", "6"),  # left to the reader
 ]
 HOSTILE = [
     r"10^{10^{10}}",
@@ -93,6 +114,16 @@ HOSTILE = [
     "1e999999999",
     r"\frac{1}{0}",
     r"\sum_{i=1}^{10000000} \sin(i)",
+    r"\sum_{n=1}^{3000} n!",
+    r"\int_0^1 e^{x^2} \sin(x^3) \log(x+1) dx",
+    r"{10}^{{10}^{{10}}}",
+    r"10^{10 \cdot 10^{9}}",
+    "10^{1000+1000+9999999}",
+    r"3^{\frac{9999999999}{7}}",
+    "e^{e^{e^{e^{e}}}}",
+    r"\Gamma(99999999)",
+    r"\sin(\cos(\tan(\sin(\cos(\tan(1))))))",
+    r"\frac{1}{1+" * 24 + "1" + "}" * 24,
     "9" * 299,
     "9" * 100_000,
     "(" * 299,
@@ -217,6 +248,9 @@ def test_too_complex_works_out_powers_from_the_inside() -> None:
     assert not too_complex("2017^{1000}")  # 3305 digits
     assert too_complex("2017^{2000}")  # 6610 digits
     assert not too_complex("x^{100000} + (x+3^2)^{50}")
+    assert not too_complex("2^{1005+1006}")  # 2^2011, 606 digits
+    assert too_complex(r"2^{1005 \cdot 1006}")  # 2^1011030
+    assert not too_complex("e^{x^{y^{z}}}") and too_complex("e^{x^{y^{z^{w}}}}")
 
 
 def test_exact_numbers() -> None:
