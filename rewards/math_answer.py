@@ -20,7 +20,7 @@ import re
 from typing import Any, Literal
 
 from core.schema import Score
-from rewards.answers import clean, compare, number, too_complex
+from rewards.answers import clean, compare, number, too_complex, unfinished
 from rewards.reward import Column, rewards
 
 Extract = Literal["boxed", "marked", "any"]
@@ -65,6 +65,8 @@ def grade(completion: str, gold: object, *, extract: Extract = "marked") -> Scor
     equal = compare(answer, right)
     if equal is None and too_complex(answer):
         return Score("ok", 0.0, "answer too complex to be one")
+    if equal is None and unfinished(answer, right):
+        return Score("ok", 0.0, "answer left to be worked out")
     return _verify(answer, right) if equal is None else Score("ok", float(equal))
 
 
