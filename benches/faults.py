@@ -67,15 +67,15 @@ KINDS = {
     "bomb": ("answer", {"ok", "timeout"}),  # ok is a 0: no right answer
 }
 COUNT, TIMEOUT, MEMORY_GIB, GROUP = 2, 1.0, 1.0, 8
-BOMBS = (  # what `rewards.answers.too_complex` refuses, and what it lets through and the deadline ends
+BOMBS = (  # what `rewards.answers.too_complex` refuses, and every other one what it lets through and the deadline ends
     r"9^{9^{9^{9}}}",
-    r"10^{10 \cdot 10^{9}}",
+    "(x+y+z)^{3000}",
     "((99!)!)!",
-    r"\sum_{n=1}^{3000} n!",
-    r"\sqrt{2+" * 36 + "2" + "}" * 36,
+    r"\begin{vmatrix}" + r"\\".join("&".join("abcdefghijklmnopq"[i : i + 8]) for i in range(8)) + r"\end{vmatrix}",
     r"\frac{1}{1+" * 2000 + "1" + "}" * 2000,
-    r"e^{e^{e^{e^{e}}}}",
+    "(a+b+c+d)^{900}",
     r"\sin(\cos(\tan(\sin(\cos(\tan(1))))))",
+    r"\sqrt{2+" * 14 + "x" + "}" * 14 + "^{999}",
 )
 FORKS = ("return", "hang", "exit")  # what the parent does next
 
