@@ -48,6 +48,8 @@ async def _scores(plan: Plan, prompt: Prompt, text: str) -> list[str]:
         f"  {name:<20} {score.status:<8} {score.value:.4g}  {score.detail}".rstrip()
         for name, (score,) in group.components.items()
     ]
+    later = [n for n, c in composer.components.items() if c.columns(group.components)[0] not in group.columns]
+    rows += [f"  {name:<20} is scored in the run only: it has a state" for name in later]
     return [*rows, f"  {'total':<20} {'':<8} {group.totals[0]:.4g}"]
 
 

@@ -8,13 +8,11 @@ the variance: it rises as the policy leaves the data. E members, B completions.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from rewards.numeric import Floats, finite, mean, std, variance
-from rewards.parts import restored
+from rewards.numeric import Floats, finite, mean, variance
 
 Mode = Literal["mean", "wco", "uwo", "median", "uwo_std"]
 
@@ -41,39 +39,6 @@ def combine(scores: Floats, *, mode: Mode = "uwo", coef: float = 0.5, ddof: int 
         return Combined(np.array([pick(column) if column.size else np.nan for column in known]), spread)
     penalty = {"mean": 0.0, "uwo": coef * spread, "uwo_std": coef * np.sqrt(spread)}[mode]
     return Combined(np.array([mean(column) for column in known]) - penalty, spread)
-
-
-class Standardisation:
-    """Puts members of different scales on one: (r - m) / s, m and s of a fixed reference set, frozen (ours).
-
-    The set is the answers of the model before training. State: the constants by member name.
-    """
-
-    def __init__(self, members: Sequence[str]) -> None:
-        self.members = tuple(members)
-        self.constants: dict[str, tuple[float, float]] = {}
-
-    def fit(self, scores: Floats) -> None:
-        """Measure the reference scores [E, n]. Raises ValueError once it is frozen, or where a member has no score."""
-        if self.constants:
-            raise ValueError("the standardisation is frozen: refitting would move the reward under the policy")
-        found = {name: (mean(own), std(own) or 1.0) for name, own in zip(self.members, finite(scores), strict=True)}
-        if silent := [name for name, (middle, _) in found.items() if math.isnan(middle)]:
-            raise ValueError(f"no reference scores of {', '.join(silent)}")
-        self.constants = found
-
-    def __call__(self, scores: Floats) -> Floats:
-        """Standardised scores [E, B]."""
-        table = [self.constants[name] for name in self.members]
-        middle, spread = np.array(table, dtype=np.float64).T[:, :, None]
-        return np.asarray((finite(scores) - middle) / spread)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"constants": {name: list(pair) for name, pair in self.constants.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        constants = restored(state["constants"], self.members) if state["constants"] else {}
-        self.constants = {name: (pair[0], pair[1]) for name, pair in constants.items()}
 
 
 def best_of_n(proxy: Floats, gold: Floats, n: int) -> tuple[float, float]:

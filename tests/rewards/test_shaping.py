@@ -85,3 +85,14 @@ def test_mistakes_are_named() -> None:
         chain([{"par": {"m": 1}}], "shape")
     with pytest.raises(ValueError, match="reference answers"):
         chain(["par"], "shape")(np.zeros(1), Context())
+
+
+def test_standardise_measures_the_first_batch_and_is_frozen_then() -> None:
+    made = chain(["standardise"], "shape")
+    assert made(np.array([0.0, 2.0, np.nan]), Context()).tolist()[:2] == [-1.0, 1.0]
+    assert made(np.array([5.0]), Context()).tolist() == [4.0]
+    other = chain(["standardise"], "shape")
+    other.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert other(np.array([5.0]), Context()).tolist() == [4.0]
+    fresh = chain(["standardise"], "shape").frozen()
+    assert fresh(np.array([5.0]), Context()).tolist() == [5.0]  # an evaluation before the first step measures nothing

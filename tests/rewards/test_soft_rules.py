@@ -9,8 +9,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from core.errors import UserError
-from rewards.ensemble import Standardisation, best_of_n, best_of_n_kl, combine
+from rewards.ensemble import best_of_n, best_of_n_kl, combine
 from rewards.extraction import gsm8k_flexible, gsm8k_strict, last_number
 from rewards.length_rules import Conciseness, TraacLengths, drpo_weights, traac_length
 from rewards.neighbours import agreement, variation
@@ -52,20 +51,6 @@ def test_a_coefficient_of_0_is_0() -> None:
     scores = np.array([[1.0, 5.0], [3.0, NAN]])
     assert combine(scores, coef=0.0).reward.tolist() == [2, 5]
     assert combine(scores, coef=0.5).reward.tolist() == [1.5, 5] and combine(scores, ddof=1).variance.tolist() == [2, 0]
-
-
-def test_members_are_put_on_one_scale_once() -> None:
-    scale = Standardisation(["a", "b"])
-    scale.fit(np.array([[0.0, 2.0, NAN], [10.0, 10.0, 10.0]]))
-    other = Standardisation(["a", "b"])
-    other.load_state_dict(json.loads(json.dumps(scale.state_dict())))
-    assert other(np.array([[1.0], [11.0]])).tolist() == [[0.0], [1.0]]
-    with pytest.raises(ValueError, match="frozen"):
-        scale.fit(np.ones((2, 2)))
-    with pytest.raises(ValueError, match="no reference scores of b"):
-        Standardisation(["a", "b"]).fit(np.array([[1.0], [NAN]]))
-    with pytest.raises(UserError, match="same"):
-        Standardisation(["a", "c"]).load_state_dict(scale.state_dict())
 
 
 def test_best_of_n_is_the_average_over_all_draws() -> None:
