@@ -168,7 +168,7 @@ def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
 
 # TensorBoard's first page (Custom Scalars): the curves that one looks at every day, as regular expressions of names.
 OVERVIEW = {
-    "reward": ["reward/(?!equal_groups|unscorable)(?!.*_(std|failed|abstained|seconds)$).*"],
+    "reward": ["reward/(?!equal_groups|unscorable)(?!.*_(std|shaped|failed|abstained|seconds)$).*"],
     "evaluation": ["eval/.*/accuracy"],
     "length": ["completion/length_mean"],
     "truncated": ["completion/truncated"],

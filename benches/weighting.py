@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CEILING, FLOOR, SLACK = 24, 0.95, 0.05
 CONSTRAINED = {
     "policy": "lagrange", "kind": "projected", "thresholds": {"tokens": 1.0, "boxed": FLOOR},
-    "senses": {"tokens": "<=", "boxed": ">="}, "lr": 0.4, "proportional": 20.0, "smoothing": 0.7,
+    "senses": {"tokens": "<=", "boxed": ">="}, "lr": 0.15, "proportional": 30.0, "smoothing": 0.5,
 }  # fmt: skip
 COMPONENTS = {"math_answer": {}, "tokens": {"per": CEILING}, "boxed": {}}
 # Weights of the length; the form has a third of the answer's.
