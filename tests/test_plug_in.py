@@ -95,8 +95,8 @@ def test_a_constraint() -> None:
         (found,), mixture = composer.weigh(asyncio.run(composer.columns([rows], step, scored=True)))
         metrics = composer.learn()
         weights.append(found.weights["tokens"][0])
-    # Ascent of 0.3 x 0.5 a step, and 15 times the violation, of which a step takes in three tenths: 0.15, then 0.255.
-    assert weights == pytest.approx([0.0, -(0.15 + 15 * 0.15), -(0.3 + 15 * 0.255)]) and mixture.apart
+    # Ascent of 0.15 x 0.5 a step, and 30 times the violation, of which a step takes in one half: 0.25, then 0.375.
+    assert weights == pytest.approx([0.0, -(0.075 + 30 * 0.25), -(0.15 + 30 * 0.375)]) and mixture.apart
     assert metrics["weighting/measured/tokens"] == 1.5 and metrics["weighting/threshold/tokens"] == 1.0
     assert found.weights["boxed"][0] == 0.0  # kept
 
