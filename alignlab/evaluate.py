@@ -132,7 +132,7 @@ class Evaluator:
         """Evaluate all benchmarks of the config; prints a line each. Returns eval/* metrics, and what policies look at.
 
         score: the run's rewards, by which completions are scored too. The second result holds the means of all columns
-        over all benchmarks, and benchmark/accuracy.
+        (each benchmark counts once), and benchmark/accuracy.
         """
         from rewards.composer import Composer
 
@@ -154,7 +154,7 @@ class Evaluator:
                     means[f"{each.name}/accuracy"] = result.accuracy
         finally:
             await composer.close()
-        means |= column_means([group for groups in scored.values() for group in groups])
+        means |= mean_by_name([column_means(groups) for groups in scored.values()])
         return metrics | {"time/eval": time.monotonic() - started}, means
 
 
@@ -165,6 +165,13 @@ def _graded(grade: Score, score: Score | None, scored: list[Group]) -> Score:
         return await grade(group)
 
     return both
+
+
+def mean_by_name(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each number over the tables that have it."""
+    names = dict.fromkeys(name for table in tables for name in table)
+    found = {name: [table[name] for table in tables if name in table] for name in names}
+    return {name: math.fsum(values) / len(values) for name, values in found.items()}
 
 
 def column_means(groups: Sequence[Group]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from alignlab import benchmarks
 from alignlab.benchmarks import Benchmark
 from alignlab.cluster import check_room, describe_pools, here, pools
 from alignlab.prompts import Row, check_rows, check_template, is_file, load_rows
+from alignlab.reward_checks import check_reward_data, check_rewards
 from alignlab.sources import check_sources
 from core.config import ModelConfig, RunConfig
 from core.errors import UserError, first_line, nearest
@@ -83,10 +84,7 @@ def make_plan(config: RunConfig) -> Plan:
     loaded = _load(config) if _files_only(config) else None
     method = _resolve(config)
     rows, problems = loaded or _load(config)
-    if config.rewards.components:
-        from rewards.components import check_components, check_data
-
-        check_data(check_components(config.rewards), rows[0])
+    check_reward_data(config, rows, problems)
     return Plan(absolute(config), method, problems, rows)
 
 
@@ -133,7 +131,7 @@ def _resolve(config: RunConfig) -> Any:
 
     method = resolve(config.method, where="method", context={"max_tokens": config.rollout.max_tokens})
     sampling = "demonstrations" not in method.needs
-    _check_rewards(config, method)
+    check_rewards(config, method)
     if config.eval.benchmarks and not sampling:
         raise UserError(
             f"eval.benchmarks: method {method.name} learns from demonstrations, so the run has no actors that could "
@@ -248,51 +246,7 @@ def _put(section: Any, option: str, value: Any) -> Any:
     return section.model_copy(update={name: _put(getattr(section, name), rest, value) if rest else value})
 
 
-# ---------------------------------------------------------------- rewards, and the plan as text
-def _check_rewards(config: RunConfig, method: Any) -> None:
-    from algos.method import apart
-    from rewards.composer import Composer
-
-    if "demonstrations" in method.needs:
-        if config.data.completion_column is None:
-            raise UserError(
-                "method: it learns from demonstrations, so data.completion_column must name their column "
-                "(for instance data.completion_column=completion)"
-            )
-        if config.rewards.components:
-            raise UserError(
-                "rewards.components: a method that learns from demonstrations has no rewards; leave them out"
-            )
-        return
-    if config.data.completion_column is not None:
-        raise UserError(
-            "data.completion_column: this method samples its completions; leave the column out, or use method: sft"
-        )
-    if not config.rewards.components:
-        raise UserError(
-            "rewards.components: a run needs at least one, for instance rewards.components.math_answer={weight: 1.0}; "
-            "`alignlab ls rewards` lists them"
-        )
-    composer = Composer(config.rewards, steps=config.steps)
-    if composer.policy.apart:
-        apart(method)
-    if composer.policy.steers_kl and method.kl is None:
-        raise UserError(
-            f"rewards.weighting.kl_coef: it is the coefficient of the KL in the loss, where method {method.name} has "
-            "none; add it: method: {row: ..., kl: {coef: 0.001}}"
-        )
-    if "validation" in composer.needs and not (config.eval.every and config.eval.benchmarks):
-        raise UserError(
-            "rewards.weighting: this policy (or search) learns from evaluations during the run; name eval.benchmarks "
-            "and set eval.every, for instance eval.every=10"
-        )
-    if config.rewards.accuracy is not None and config.rewards.accuracy not in config.rewards.components:
-        raise UserError(
-            f"rewards.accuracy: there is no component '{config.rewards.accuracy}'; "
-            f"{nearest(config.rewards.accuracy, config.rewards.components)}"
-        )
-
-
+# ---------------------------------------------------------------- the plan as text
 def describe(plan: Plan) -> str:
     """The plan as people read it: arithmetic, pools, what is trained on how much."""
     c, r = plan.config, plan.config.rollout

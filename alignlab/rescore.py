@@ -43,6 +43,8 @@ def rescore(arguments: argparse.Namespace) -> int:
     """`alignlab rescore RUN [--config FILE] [--out FILE]`. Raises UserError."""
     run = Path(arguments.folder)
     config = load_config(_config_of(run))
+    if not config.rewards.components:
+        raise UserError(f"{run}: a run on demonstrations has no rewards that could be weighed anew")
     new = config if arguments.config is None else with_rewards(config, Path(arguments.config))
     steps = list(rescored(run, new))
     print("\n".join(table(steps)))
@@ -84,6 +86,8 @@ def rescored(run: Path, config: RunConfig) -> Iterator[Step]:
     for path in sorted((run / "rollouts").glob("step-*.jsonl")):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         number = int(path.stem.removeprefix("step-"))
+        if lacking := {"references", "kl", "source"} - rows[0].keys():
+            raise UserError(f"{path}: an older version wrote it, without {', '.join(sorted(lacking))}; run it again")
         groups = groups_of(rows)
         _check(config.rewards, composer, groups, path)
         columns = asyncio.run(composer.columns(groups, number - 1, scored=True))

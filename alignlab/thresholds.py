@@ -17,6 +17,7 @@ import numpy as np
 
 from core.errors import UserError, nearest
 
+MOST = 4  # components: the grid has 21 places in each
 EVERY = 5  # steps whose mean is a point
 
 Point = tuple[list[float], float]
@@ -28,7 +29,11 @@ def fit_thresholds(arguments: argparse.Namespace) -> int:
 
     runs = [_steps(Path(run)) for run in arguments.runs]
     names = arguments.components.split(",") if arguments.components else _components(runs, arguments.gold)
-    metrics = [f"reward/{name}" for name in names]
+    seen = {metric for steps in runs for row in steps for metric in row}
+    # Thresholds are compared with shaped scores, unless the policy is told otherwise.
+    metrics = [f"reward/{n}_shaped" if f"reward/{n}_shaped" in seen else f"reward/{n}" for n in names]
+    if len(names) > MOST:
+        raise UserError(f"--components: a surface over {len(names)} of them is too large; name at most {MOST}")
     for name in (*metrics, arguments.gold):
         _known(name, runs)
     points = [point for steps in runs for point in points_of(steps, metrics, arguments.gold)]

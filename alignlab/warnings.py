@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,8 @@ def _updates(metrics: Mapping[str, float], run: Path) -> Iterator[Finding]:
 
 def _rewards(metrics: Mapping[str, float]) -> Iterator[Finding]:
     if metrics.get("overoptimization/alarm", 0) > 0:
-        text = f"the gold component is {metrics['overoptimization/drop']:.3f} below its peak while the reward rises"
+        drop = metrics.get("overoptimization/drop", math.nan)  # where gold has had no value for a while
+        text = f"the gold component is {drop:.3f} below its peak while the reward rises"
         yield Finding("overoptimization", text, "the reward is being gamed: constrain it, use an ensemble, or stop")
     if metrics.get("weighting/slow", 0) > 0:
         text = f"{metrics['weighting/slow']:g} multiplier(s) beyond 10"

@@ -20,24 +20,25 @@ from torch import Tensor
 
 from algos.batch import Batch
 from algos.loss import advantages, loss, normalise
-from algos.method import Method
+from algos.methods import resolve
+
+GRPO = resolve({"row": "grpo", "kl": "none"})
+"""Whose advantages and loss are compared, whatever the run's method: it reads nothing but rewards."""
 
 
-def pulls(method: Method, batch: Batch) -> Tensor:
+def pulls(batch: Batch) -> Tensor:
     """c [K, B, T]: d policy loss / d log-probs where only column k of `batch.rewards` [B, K] is the reward.
 
-    Full advantages of that column alone, by the method's own estimator, at the policy that sampled; no step is taken.
+    Full GRPO advantages of that column alone, at the policy that sampled; no step is taken.
     """
-    plain = replace(method, combine=None, kl=None, entropy=None, value=None, credit=None)
     found = []
     for column in batch.rewards.unbind(1):
-        alone = normalise(plain, advantages(plain, replace(batch, rewards=column, reward_weights=None)))
-        current = torch.zeros_like(batch.mask, dtype=torch.float32)
-        if batch.rollout_logprobs is not None:
-            current = batch.rollout_logprobs.float().clone()
-        current.requires_grad_()
-        same = replace(alone, old_logprobs=current.detach())
-        (grad,) = torch.autograd.grad(loss(plain, same, current).policy, current)
+        alone = normalise(GRPO, advantages(GRPO, replace(batch, rewards=column, reward_weights=None)))
+        current = torch.zeros_like(batch.mask, dtype=torch.float32).requires_grad_()
+        # The ratio is 1 whatever the log-probs are, and so is what the loss makes of them.
+        (grad,) = torch.autograd.grad(
+            loss(GRPO, replace(alone, old_logprobs=current.detach()), current).policy, current
+        )
         found.append(torch.where(batch.mask, grad, 0.0))
     return torch.stack(found)
 

@@ -150,7 +150,7 @@ class Learner:
     def gram(self, groups: Sequence[Group]) -> tuple[list[list[float]], float]:
         """Inner products [K, K] of the gradients of the groups' columns (`learner.gram`), and the learning rate."""
         batch, sequences = collate(groups, self.ranks.device, apart=True)
-        pull, width = pulls(self.method, batch), self.policy.hf.config.hidden_size
+        pull, width = pulls(batch), self.policy.hf.config.hidden_size
         read = ((micro, self.policy(micro, hidden_gradients)) for micro in self._share(sequences))
         with torch.no_grad():
             parts = (

@@ -90,7 +90,27 @@ def check_components(config: RewardsConfig, where: str = "rewards.components") -
             raise UserError(
                 f"{where}.{name}.weight: it is no objective (a member of another, or rewards.gold); drop it"
             )
+    _check_gold(found, config.gold)
+    for component in found.values():
+        compares = any(shaper.compares for _, shaper in component.shaper().shapers)
+        if compares and (component.references is None or component.reward is None):
+            raise UserError(
+                f"{where}.{component.name}.shape: it compares with reference answers; name the column that holds them "
+                "(or their scores): references: COLUMN"
+            )
     return dict(sorted(found.items(), key=lambda item: bool(item[1].members)))
+
+
+def _check_gold(found: Mapping[str, Component], gold: str | None) -> None:
+    """What is only watched must be one number, must not be rewarded through another, and something must be rewarded."""
+    if gold is None:
+        return
+    if any(member.partition("/")[0] == gold for c in found.values() for member in c.members):
+        raise UserError(f"rewards.gold: '{gold}' is a member of another component, so it would be rewarded through it")
+    if found[gold].keys:
+        raise UserError(f"rewards.gold: '{gold}' returns a mapping, and the alarm needs one number")
+    if len(found) == 1:
+        raise UserError("rewards.gold: no other component is left to reward; add one to rewards.components")
 
 
 def objectives(components: Mapping[str, Component], gold: str | None, known: Collection[str] = ()) -> tuple[str, ...]:
@@ -128,6 +148,8 @@ def _component(name: str, entry: Mapping[str, Any], where: str) -> Component:
     if fn in derived:
         if not checked.get("members"):
             raise UserError(f"{where}.members: '{fn}' is made of other components; name them: members: [a, b]")
+        if fn in ("uncertain", "weighted_mean") and len(checked["members"]) != 2:
+            raise UserError(f"{where}.members: '{fn}' is made of two, not of {len(checked['members'])}")
         return Component(name, fn, check_options(derived[fn], options, where), None, **checked)
     if "members" in settings:
         raise UserError(f"{where}.members: '{fn}' scores completions itself; only {', '.join(derived)} have members")
@@ -135,7 +157,7 @@ def _component(name: str, entry: Mapping[str, Any], where: str) -> Component:
         raise UserError(f"{where}: there is no reward '{fn}'; {nearest(fn, [*rewards, *derived])}")
     reward = bind(fn, options, where, beside=SETTINGS)
     if reward.keeper is not None and "references" in checked:
-        raise UserError(f"{where}.references: a reward with state cannot score reference answers; give their scores")
+        raise UserError(f"{where}.references: a reward with state cannot be compared with reference answers")
     if ":" in fn:
         file, _, function = fn.rpartition(":")
         fn = f"{Path(file).expanduser().resolve()}:{function}"  # scoring processes need not share our directory

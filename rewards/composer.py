@@ -156,10 +156,12 @@ class Composer:
                 )
         self._any_total |= any(math.isfinite(t) for group in groups for t in group.totals)
         if groups and not self._any_total:
-            said = Counter(f"{n} says {s.status}: {s.detail}" for n in self.components for s in of_component(groups, n))
+            every = [(name, score) for name in self.components for score in of_component(groups, name)]
+            said = Counter(f"{name} says {s.status}: {s.detail}" for name, s in every if s.status != "ok")
+            none = "shaping left no value of what was scored" if every else "no component said anything"
             raise RewardFailure(
                 "rewards.components: no completion of this step has a total, so there is nothing to learn from; most "
-                f"often {said.most_common(1)[0][0] if said else 'no component said anything'}"
+                f"often {said.most_common(1)[0][0] if said else none}"
             )
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
@@ -185,8 +187,9 @@ class Composer:
         proxy = math.fsum(self._own_weight(name) * m for name, m in batch.means().items() if math.isfinite(m))
         found = self.watch.push(proxy, mean(table.raw.get(gold, np.empty(0))))
         if found.get("overoptimization/alarm") and self.config.alarm.stop:
+            drop = found.get("overoptimization/drop", math.nan)
             raise RewardFailure(
-                f"rewards.gold: '{gold}' is {found['overoptimization/drop']:.3g} below its peak, and the reward rises: "
+                f"rewards.gold: '{gold}' is {drop:.3g} below its peak, and the reward rises: "
                 "it is being gamed (rewards.alarm.stop): constrain the components, or use an ensemble of them"
             )
         return found

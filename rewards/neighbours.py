@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from core.errors import UserError
 from rewards.mixing import Mix, Order, StepBatch, compose
 from rewards.numeric import Floats, Ints, finite, mean, rows_of, std
 from rewards.parts import known, part, restored
@@ -54,6 +55,8 @@ class SoftMin(Policy):
     ) -> None:
         super().__init__(names)
         known(weights or {}, self.names, "softmin.weights")
+        if sharpness < 0 or min((weights or {}).values(), default=0.0) < 0:
+            raise UserError("softmin: the soft minimum takes no negative sharpness and no negative weights")
         self.sharpness = sharpness
         self.weights = dict.fromkeys(self.names, 1.0) | dict(weights or {})
 

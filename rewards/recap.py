@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from core.errors import UserError
 from rewards.mixing import Mix, StepBatch, in_order
 from rewards.numeric import Floats, sigmoid, softmax
 from rewards.parts import known, part, restored
@@ -50,7 +51,7 @@ class Recap(Policy):
 
     The loss of an objective is 1 - mean reward, and 1 - sigmoid(mean reward) for those named in `unbounded`; surrogate
     losses are near 0 by construction and useless here. lambda = 1 for all until every window is full. A missing loss is
-    not pushed. Columns are normalised first, then summed. Raises ValueError for a negative loss: shape such a reward
+    not pushed. Columns are normalised first, then summed. Raises UserError for a negative loss: shape such a reward
     into [0, 1], or name it unbounded.
     """
 
@@ -95,7 +96,7 @@ class Recap(Policy):
         self.steps += 1
         for name, loss in losses.items():
             if loss < -1e-9:  # less is the rounding of a mean of ones
-                raise ValueError(f"recap: the loss of '{name}' is {loss}; rewards must be in [0, 1], or `unbounded`")
+                raise UserError(f"recap: the loss of '{name}' is {loss}; rewards must be in [0, 1], or `unbounded`")
             if math.isfinite(loss):
                 self.losses[name].append(max(0.0, float(loss)))
         if any(len(window) < self.size for window in self.losses.values()):

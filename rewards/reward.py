@@ -197,6 +197,10 @@ def bind(fn: str, options: Mapping[str, Any], where: str, beside: tuple[str, ...
     if isinstance(made, type):
         function, call_options = _instance(function, where), ()  # its options are no arguments of the call
         keeper = function if hasattr(function, "state_dict") and hasattr(function, "load_state_dict") else None
+    if keeper is not None and getattr(made, "pool", False):
+        raise UserError(
+            f"{where}: '{fn}' has a state and pool = True, but the pool keeps no states; drop one of the two"
+        )
     return Reward(
         function=function,
         batch=batch,

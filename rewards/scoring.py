@@ -18,7 +18,7 @@ from core.config import RewardsConfig
 from core.schema import Group, Score
 from rewards.components import Component
 from rewards.reward import Reward, Samples, Scores
-from rewards.workers import Scored, Workers
+from rewards.workers import RewardFailure, Scored, Workers
 
 
 class Scorer(Protocol):
@@ -99,6 +99,12 @@ class Scoring:
             own, count = _samples(group, component.reward), len(given)
             samples = Samples(own.prompt, own.columns, list(given), [[] for _ in given], [False] * count)
             scores = [one.scores for one in await self._run(component, samples)]
+            for score in scores:
+                if isinstance(score, Score) and score.status in ("error", "timeout"):
+                    raise RewardFailure(
+                        f"rewards.components.{component.name}.references: an answer of column '{component.references}' "
+                        f"could not be scored: {score.status}: {score.detail}"
+                    )
             self._references[key] = tuple(s.value if isinstance(s, Score) else math.nan for s in scores)
         return self._references[key]
 

@@ -45,6 +45,9 @@ class Context:
 class Shaper:
     """A column in, a column out. This base has no state."""
 
+    learns = False  # has running statistics
+    compares = False  # with scores of reference answers
+
     def __call__(self, scores: Floats, context: Context) -> Floats:
         """The shaped column [B]. A shaper with statistics takes the batch in first, unless it is frozen."""
         return self.shape(finite(scores), context)
@@ -75,6 +78,8 @@ def references(context: Context, max_ref: int) -> list[Floats]:
 
 class _Centred(Shaper):
     """Mean over the references of a function of r - q."""
+
+    compares = True
 
     def __init__(self, *, max_ref: int = 10) -> None:
         self.max_ref = max_ref
@@ -208,6 +213,8 @@ class Moments:
 class _Running(Shaper):
     """A shaper with the moments of all scores seen, the current batch included. Before any, scores stay as they are."""
 
+    learns = True
+
     def __init__(self) -> None:
         self.seen = Moments()
         self._learns = True
@@ -299,7 +306,8 @@ def chain(specs: Sequence[str | Mapping[str, Any]], where: str) -> Chain:
     """The shapers of a list of names, or of mappings {name: options}. Raises UserError naming `where`."""
     made = []
     for spec in specs:
-        if not isinstance(spec, str) and len(spec) != 1:
+        single = isinstance(spec, Mapping) and len(spec) == 1 and isinstance(next(iter(spec.values())) or {}, Mapping)
+        if not isinstance(spec, str) and not single:
             raise UserError(f"{where}: {spec!r} is no shaper; write its name, or {{name: {{option: value}}}}")
         ((name, options),) = [(spec, {})] if isinstance(spec, str) else spec.items()
         made.append((name, shapings.bind(name, options or {}, f"{where}.{name}")()))

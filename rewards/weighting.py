@@ -95,6 +95,11 @@ def with_weights(spec: Mapping[str, Any], weights: Mapping[str, float], where: s
         return {**spec, "inner": with_weights(spec.get("inner") or {"policy": "static"}, weights, f"{where}.inner")}
     if "weights" in takes:
         return {"weights": dict(weights), **spec}
+    if held := [n for n in spec.get("thresholds") or {} if weights.get(n, 1.0) != 1.0]:
+        raise UserError(
+            f"{where}.thresholds: '{held[0]}' is held at a threshold, so its multiplier is its weight; drop "
+            f"rewards.components.{held[0]}.weight"
+        )
     if "task_weights" in takes and (spec.get("kind") == "projected" or spec.get("kl_budget") is not None):
         free = {n: w for n, w in weights.items() if n not in (spec.get("thresholds") or {})}
         return {"task_weights": free, **spec}

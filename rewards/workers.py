@@ -24,7 +24,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,9 @@ class Workers:
             score = Score("error", detail=f"{error}{process.log()}")
         await process.kill()
         self._check_open()  # else that is what killed it
+        if not todo:  # all are scored, but the state after them is lost: what comes next would start from another
+            done.update({i: Scored(replace(score, detail=f"its state: {score.detail}"), 0.0) for i in done})
+            return None
         # The completion that was being scored is the culprit; all are where the group is scored at once, or none was.
         culprits = todo if batch or not loaded else todo[:1]
         self._blame(score, time.monotonic() - started, culprits, todo, done)

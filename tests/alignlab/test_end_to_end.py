@@ -225,8 +225,11 @@ def test_overlapped_runs_stay_within_their_staleness(home):
 def test_methods_with_parts_of_their_own_run(home, method, metric):
     """A greedy completion from the actors; a critic on two ranks, and its checkpoint."""
     ranks = 2 if method == "ppo" else 1
-    weighting = {"policy": "static" if method == "ppo" else "gradient"}  # with the gradients' agreement of each step
-    changes = {"steps": 2, "checkpoint__every": 1, "learner__ranks": ranks, "rewards__weighting": weighting}
+    # One weighs by the agreement of the gradients, which the learner measures in each step.
+    weighting = {"policy": "static" if method == "ppo" else "gradient"}
+    entries = {"varied": {"fn": "my_rewards.py:varied"}, "math_answer": {}}
+    changes = {"steps": 2, "checkpoint__every": 1, "learner__ranks": ranks}
+    changes["rewards"] = {"components": entries, "weighting": weighting}
     path = config(home, method, method=method, **changes)
     train(home, path)
     steps = [row for row in rows(home / "runs" / method / "metrics.jsonl") if "reward/total" in row]

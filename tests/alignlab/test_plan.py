@@ -17,7 +17,7 @@ from core.errors import UserError
 from core.loading import dump_config, load_config, parse_config
 from core.schema import Completion, Group, Prompt, Score
 
-ROWS = [{"question": f"{i}+{i}?", "answer": str(2 * i), "said": str(2 * i)} for i in range(4)]
+ROWS = [{"question": f"{i}+{i}?", "answer": str(2 * i), "said": str(2 * i), "texts": ["0"]} for i in range(4)]
 
 
 @pytest.fixture
@@ -50,6 +50,7 @@ def plan(*overrides):
 SFT = ("method=sft", "rewards.components={}", "data.completion_column=said")
 
 
+LEARNS = ("rewards.weighting.policy=hypervolume", "eval.benchmarks=[few.jsonl]", "eval.every=1")
 APART = "rewards.weighting={policy: lagrange, kind: mu, thresholds: {math_answer: 0.5}}"
 
 
@@ -75,6 +76,14 @@ APART = "rewards.weighting={policy: lagrange, kind: mu, thresholds: {math_answer
         ([APART, "method=remax"], "'remax' reads greedy_rewards"),
         ([f"{APART[:-1]}, kl_coef: 0.1}}", "method.kl=none"], "rewards.weighting.kl_coef: it is the coefficient"),
         (["rewards.threshold_search={gold: a/b, highest: {}}"], "this weighting policy has none; use lagrange"),
+        (["rewards.components.boxed={references: answer}"], "boxed.references: data.jsonl, row 1: column"),
+        (["rewards.components.tokens={references: texts}"], "'tokens' reads token ids, which the data's answers"),
+        (["rewards.components.conciseness={}", "method=dapo"], "it has a state and is scored when the step"),
+        (["rewards.components.conciseness={}", "method=remax"], "so greedy completions have no score of it"),
+        (["rewards.components.conciseness={}", "rewards.accuracy=conciseness"], "'conciseness' is derived"),
+        ([*LEARNS, "rewards.components.math_answer.shape=[minmax]"], "math_answer.shape: its statistics are empty"),
+        ([*LEARNS, "rewards.components.conciseness={}"], "conciseness: it has a state, so evaluations"),
+        ([*SFT, "data.sources={column: answer}"], "data.sources: nothing of a run on demonstrations"),
         (["data.sources={column: origin}"], "data.sources.column: data.jsonl, row 1: no column 'origin'"),
         ([*SFT, "data.rejected_column=said"], "data.rejected_column: method sft does not read it; leave it out"),
         ([*SFT, "method=dpo"], "data.rejected_column: method dpo reads the completion that was not chosen from it"),

@@ -14,6 +14,7 @@ from algos.methods import resolve
 from core.errors import UserError
 from core.schema import Mixture
 from learner.collate import collate
+from learner.gram import GRPO as COMPARED
 from learner.gram import gradients, gram, pulls
 from learner.learner import Learner
 from learner.logprobs import Head, hidden_gradients, token_logprobs
@@ -107,16 +108,16 @@ def test_the_gram_matrix_is_that_of_the_gradients_of_a_map_before_the_head():
     cells = batch.mask.nonzero()
     rows, steps = cells.unbind(1)
     slopes, states = hidden_gradients(hidden[batch.mask], weight, None, targets[batch.mask], Head(), 100)
-    found = gradients(pulls(GRPO, batch), [(rows, steps, slopes, states)], width)
+    found = gradients(pulls(batch), [(rows, steps, slopes, states)], width)
 
     expected = []
     for column in batch.rewards.unbind(1):
         linear = torch.eye(width, requires_grad=True)
         current = ((hidden @ linear.T) @ weight.T).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         # A ratio of 1 everywhere: the policy that sampled is the current one.
-        alone = normalise(GRPO, advantages(GRPO, replace(batch, rewards=column, reward_weights=None)))
+        alone = normalise(COMPARED, advantages(COMPARED, replace(batch, rewards=column, reward_weights=None)))
         same = replace(alone, old_logprobs=current.detach())
-        expected.append(torch.autograd.grad(loss(GRPO, same, current).policy, linear)[0])
+        expected.append(torch.autograd.grad(loss(COMPARED, same, current).policy, linear)[0])
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-6, rtol=1e-4)
 
     table = torch.tensor(gram(found))

@@ -364,3 +364,68 @@ def test_the_quickstart_reward_of_ones_own_tells_answers_at_once_from_worked_one
     settings = config({"terse": {"fn": f"{path}:terse", "worked": 0.25}})
     _, (found,) = run(settings, group(r"The answer is \boxed{10}.", r"7 + 5 = 12. The answer is \boxed{12}."))
     assert found.totals == (1.0, 0.25)
+
+
+STATEFUL = (
+    "class S:\n"
+    "    def __init__(self, *, size: int = 0): self.size = size\n"
+    "    def __call__(self, completion): return 1.0\n"
+    "    def state_dict(self): return {'set': {1}} if not self.size else {'text': 'x' * self.size}\n"
+    "    def load_state_dict(self, state): pass\n"
+    "class Pooled(S):\n"
+    "    pool = True\n"
+)
+
+
+@pytest.mark.parametrize("size", [0, 2**21])
+def test_a_state_that_cannot_be_sent_costs_the_scores_and_says_why(tmp_path: Path, size: int) -> None:
+    (tmp_path / "mine.py").write_text(STATEFUL)
+    settings = config({"s": {"fn": f"{tmp_path}/mine.py:S", "size": size}})
+    composer, (found,) = stepped(settings, [group("a", "b")])
+    assert all(s.status == "error" and s.detail.startswith("its state: ") for s in found.components["s"])
+    with pytest.raises(RewardFailure, match=r"components\.s: 2 of 2 .* its state: "):
+        composer.check([found])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"components": {"a": {"fn": "boxed", "shape": ["par"]}}}, "components.a.shape: it compares with reference"),
+        ({"components": {"a": {"fn": "boxed", "shape": [3]}}}, "components.a.shape: 3 is no shaper"),
+        ({"components": {"a": {"fn": "boxed", "shape": [{"par": 3}]}}}, "components.a.shape: {'par': 3} is no shaper"),
+        ({"components": {"a": {"fn": "boxed"}}, "gold": "a"}, "rewards.gold: no other component is left to reward"),
+        (
+            {"components": {"e": {"fn": "ensemble", "members": ["a"]}, "a": {"fn": "boxed"}}, "gold": "a"},
+            "rewards.gold: 'a' is a member of another",
+        ),
+        (
+            {"components": {"a": {"fn": "boxed", "keys": ["x"]}, "b": {"fn": "boxed"}}, "gold": "a"},
+            "rewards.gold: 'a' returns a mapping",
+        ),
+        (
+            {"components": {"w": {"fn": "weighted_mean", "members": ["a"]}, "a": {"fn": "boxed"}}},
+            "components.w.members: 'weighted_mean' is made of two, not of 1",
+        ),
+        (
+            {
+                "components": {"a": {"fn": "boxed", "weight": 2}},
+                "weighting": {"policy": "lagrange", "thresholds": {"a": 1}},
+            },
+            "rewards.weighting.thresholds: 'a' is held at a threshold",
+        ),
+        (
+            {"components": {"a": {"fn": "boxed", "weight": -1}}, "weighting": {"policy": "softmin"}},
+            "softmin: the soft minimum takes no negative",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        Composer(RewardsConfig(**settings))
+    assert says in str(error.value)
+
+
+def test_a_pooled_reward_keeps_no_state(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(STATEFUL)
+    with pytest.raises(UserError, match="has a state and pool = True"):
+        check_components(config({"s": {"fn": f"{tmp_path}/mine.py:Pooled"}}))

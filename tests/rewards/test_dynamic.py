@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from core.errors import UserError
 from rewards.dynamic import FrontProgress, Gradient, Hypervolume, front_report, hypervolume, pareto_front
 from rewards.recap import Recap, movement
 from tests.rewards.test_policies import NAMES, step_of
@@ -78,7 +79,7 @@ def test_a_loss_that_stays_fades_and_one_that_moves_gains() -> None:
 
 def test_solved_losses_are_guarded_and_negative_ones_refused() -> None:
     assert movement(np.zeros(4)) == (1, 0) and movement(np.array([0.5, 0.5, 0.0, 0.0])).convergence == 10
-    with pytest.raises(ValueError, match="unbounded"):
+    with pytest.raises(UserError, match="unbounded"):
         Recap(("a",)).push({"a": -0.2})
     policy = Recap(("a",), unbounded=("a",))
     policy.update(replace(step_of(0, ("a",)), scores=np.full((20, 1), 7.0)))
