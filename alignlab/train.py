@@ -200,7 +200,7 @@ def _say_end(plan: Plan, run_dir: RunDir, step: int) -> None:
         benchmarks = ",".join(map(shown, config.eval.benchmarks)) or "gsm8k"
         data = f" --data {shown(config.eval.data)}" if config.eval.data else ""
         print(f"next: alignlab eval {folder} --benchmarks {benchmarks}{data}")
-        print(f"      tensorboard --logdir {folder}/tensorboard")
+        print(f"      alignlab report {folder}; tensorboard --logdir {folder}/tensorboard")
 
 
 def _accuracy(folder: Path, step: int, benchmark: str) -> str | None:
