@@ -186,7 +186,8 @@ def without_trained(files: Sequence[PairFile]) -> list[PairFile]:
 # ---------------------------------------------------------------- the model
 def load_base(path: str, max_tokens: int | None, device: Device) -> tuple[Any, Reading]:
     """The model with one label, its head new where it has none, and how it reads. Raises UserError."""
-    from rewards.reward_model import check_padding, chosen_device, is_decoder, load_classifier
+    from rewards.pretrained import chosen_device
+    from rewards.reward_model import check_padding, is_decoder, load_classifier
     from rewards.reward_text import read_reading
 
     folder = str(Path(path).expanduser())

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.plan import absolute
+from alignlab.run_files import leaves
 from core.config import RunConfig
 from core.errors import UserError
 from core.loading import dump_config, load_config
@@ -92,8 +93,8 @@ class RunDir:
 
     def _check_same(self, config: RunConfig) -> None:
         """A resumed run may be placed otherwise, get longer, report more often; what shapes the updates must stay."""
-        old = _leaves(absolute(load_config(self.path / "config.yaml")).model_dump())
-        new = _leaves(absolute(config).model_dump())
+        old = leaves(absolute(load_config(self.path / "config.yaml")).model_dump())
+        new = leaves(absolute(config).model_dump())
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _free(key)]
         if changed:
             detail = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
@@ -172,14 +173,6 @@ FIXED = ("actors.dtype",)  # of a free section
 
 def _free(key: str) -> bool:
     return key not in FIXED and any(key == free or key.startswith(f"{free}.") for free in FREE)
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one of dotted keys."""
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree}
-    below = (_leaves(value, f"{prefix}.{key}".lstrip(".")) for key, value in tree.items())
-    return {key: value for leaves in below for key, value in leaves.items()}
 
 
 def environment() -> dict[str, Any]:

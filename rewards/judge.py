@@ -22,6 +22,7 @@ from pydantic import Field
 from core.errors import UserError, nearest
 from rewards import judge_text
 from rewards.guard import guarded, without_special
+from rewards.pretrained import check_folder
 from rewards.reward import Folder, rewards
 from rewards.templates import See, fill, markers, names, question_of, seen, text_of
 from rewards.vllm_judge import Ask, Engine, VLLMJudge
@@ -249,16 +250,3 @@ class judge:
                 f"{self.max_unread:g}): no `Score: x` or `Verdict: x` line, cut off at max_tokens {self.max_tokens}, "
                 f"or prompts beyond max_model_len {self.room['max_model_len']}; read them, or take another judge"
             )
-
-
-def check_folder(option: str, path: str) -> None:
-    """Refuse a path that can only be a local folder and is no model, without asking a hub. Raises UserError."""
-    folder = Path(path).expanduser()
-    if (folder / "config.json").exists():
-        return
-    if folder.is_dir():
-        raise UserError(f"{option}: {path} holds no config.json; name a Hugging Face model folder or a hub name")
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        beside = sorted(str(p.parent) for p in folder.parent.glob("*/config.json")) if folder.parent.is_dir() else []
-        hint = nearest(path, beside) if beside else "name a Hugging Face model folder or a hub name"
-        raise UserError(f"{option}: there is no folder {path}; {hint}")

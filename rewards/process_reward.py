@@ -22,9 +22,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from core.budget import by_budget
-from core.errors import UserError, first_line
+from core.errors import UserError
 from rewards.guard import visible, without_special
-from rewards.judge import check_folder
+from rewards.pretrained import check_folder, chosen_device, pretrained
 from rewards.process import How, collapse, counted
 from rewards.reward import Folder, rewards
 from rewards.templates import See, fill, names, question_of, seen, text_of
@@ -197,27 +197,12 @@ def split_steps(text: str, separator: str | None = None) -> list[str]:
 
 def load(path: str, kind: Kind, dtype: str, device: str) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer). UserError: no such device, not loadable, weights missing, not two labels."""
-    import torch
-    import transformers
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("process_reward.device: cuda, but torch sees no GPU here; use cpu or auto")
-    auto: Any = transformers.AutoModelForTokenClassification if kind == "token" else transformers.AutoModelForCausalLM
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model, info = auto.from_pretrained(
-            path,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"process_reward.path: transformers cannot load '{path}': {first_line(error)}") from error
+    where = chosen_device(device, "process_reward.device")
+    auto = "AutoModelForTokenClassification" if kind == "token" else "AutoModelForCausalLM"
+    model, tokenizer, missing = pretrained(auto, path, dtype, "process_reward.path")
     if kind == "token" and model.config.num_labels != 2:
         raise UserError(f"process_reward.path: {path} has {model.config.num_labels} labels; wrong and right are two")
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"process_reward.path: the files of {path} lack {missing}, so its scores would be random")
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if missing:
+        lacking = ", ".join(missing[:3])
+        raise UserError(f"process_reward.path: the files of {path} lack {lacking}, so its scores would be random")
     return model.to(where).eval(), tokenizer

@@ -23,8 +23,10 @@ from pydantic import Field
 
 from core.budget import by_budget
 from core.errors import UserError, first_line, nearest
+from rewards.pretrained import chosen_device, pretrained
 from rewards.reward import Folder, rewards
 from rewards.reward_text import Encoded, Reading, as_messages, read_reading
+from rewards.templates import text_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +110,7 @@ class reward_model:
             )
         questions = columns.get(self.question_column, prompts)
         rows = [
-            self._reading.encode(as_messages(question), answer_text(completion))
+            self._reading.encode(as_messages(question), text_of(completion))
             for question, completion in zip(questions, completions, strict=True)
         ]
         found = self._score(rows)
@@ -116,11 +118,6 @@ class reward_model:
         if bad:
             raise ValueError(f"{self.path} gives {found[bad[0]]} to completion {bad[0]}: {completions[bad[0]]!r:.80}")
         return list(found)
-
-
-def answer_text(completion: Any) -> str:
-    """The text of a completion: itself, or the content of its last message."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 # ---------------------------------------------------------------- loading
@@ -146,15 +143,6 @@ def check_files(path: str) -> None:
         raise UserError(f"path: {path} holds no .safetensors; other files of weights are not loaded")
 
 
-def chosen_device(device: Device) -> str:
-    """`device`, auto resolved. Raises UserError where there is no such device."""
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda, but torch sees no GPU here; use cpu or auto")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
 def load_classifier(
     path: str, dtype: Precision, device: str, new_head: bool = False, where: str = "path"
 ) -> tuple[Any, Any]:
@@ -162,25 +150,12 @@ def load_classifier(
 
     `new_head`: weights that the files do not hold are drawn anew, for training; else they are refused.
     """
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
     labels = {"num_labels": 1} if new_head else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            **labels,
-        )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"{where}: transformers cannot load '{path}' as a classifier: {first_line(error)}") from error
+    kind = "AutoModelForSequenceClassification"
+    model, tokenizer, lacking = pretrained(kind, path, dtype, where, " as a classifier", **labels)
     if model.config.num_labels != 1:
         raise UserError(f"{where}: {path} has {model.config.num_labels} labels; a reward model has one")
-    missing = sorted(name for name in info["missing_keys"] if not (new_head and _of_head(model, name)))
+    missing = [name for name in lacking if not (new_head and _of_head(model, name))]
     if missing:
         raise UserError(f"{where}: the files of {path} lack {', '.join(missing[:3])}, which would be random numbers")
     if dtype != "float32":
