@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from actors.actor import RolloutActor, Stats
 from actors.engine import Device, Engine, EngineSpec
 from actors.weights import Snapshot, Stored
+from core import patience, stacks
 from core.config import RunConfig
 from core.errors import UserError
 
@@ -78,7 +79,7 @@ class _ThreadHandle:
         if self._killed:
             raise Gone("it was killed")
         loop = asyncio.get_running_loop()
-        return await asyncio.wait_for(
+        return await patience.within(
             loop.run_in_executor(self._threads, lambda: getattr(self._actor, method)(*arguments)), timeout
         )
 
@@ -162,7 +163,7 @@ class _RayHandle:
         import ray
 
         try:
-            return await asyncio.wait_for(_awaited(getattr(self._actor, method).remote(*arguments)), timeout)
+            return await patience.within(_awaited(getattr(self._actor, method).remote(*arguments)), timeout)
         except ray.exceptions.RayActorError as error:
             raise Gone(f"its process ended: {str(error).strip().splitlines()[0]}") from None
 
@@ -180,6 +181,7 @@ class _Process(RolloutActor):
         with open(log, "a") as file:
             sys.stdout.flush(), sys.stderr.flush()
             os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        stacks.register(2)
         super().__init__(*arguments)
 
 

@@ -392,6 +392,13 @@ class ActorPool:
                 errand.give_back(name)
                 await self._renew(name)
 
+    def processes(self) -> dict[str, tuple[int, str, Path]]:
+        """(pid, host, log) of every actor's process."""
+        return {
+            name: (stats.pid, stats.host, self.log_dir / f"{name}.{stats.incarnation}.log")
+            for name, stats in self._stats.items()
+        }
+
     def metrics(self) -> dict[str, float]:
         """Since the last call: rollout/tokens_per_second of all actors; rollout/busy, their share of time in steps."""
         return self._meter.read(len(self.names))

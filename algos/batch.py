@@ -71,6 +71,7 @@ class Batch:
     divergence: Tensor | None = None  # [B, T] how far the group's next-token distributions are apart at this position
     prompts: tuple[str, ...] = ()  # of each row: a name of its prompt that is the same in every pass over the data
     version: int = 0  # weight version that this step starts from
+    max_age: int | None = None  # tokens whose weights lie more updates behind are not counted
     moved: bool = False  # updates of this step lie between the old policy and the current one
     seed: int = 0  # of this step, for the parts that draw at random
 

@@ -150,13 +150,18 @@ def loss(
 
 
 def _filtered(method: Method, batch: Batch) -> Batch:
-    """Which rows and tokens are counted. Truncated rows lose their tokens but stay in their group's statistics."""
+    """Which rows and tokens are counted. Truncated rows and tokens that are too old are in no loss.
+
+    The rows stay in the statistics of their group all the same.
+    """
     batch = replace(batch, rewards=batch.rewards.double())
     raw = batch.totals
     judged = raw if batch.accuracy is None else batch.accuracy.double()
     kept = method.filter(batch, rewards=judged) if method.filter else torch.ones_like(batch.group, dtype=torch.bool)
     counted = kept & ~_filled(batch.truncated) if method.drop_truncated else kept
     mask = batch.mask & counted[:, None]
+    if batch.max_age is not None and batch.lag is not None:
+        mask = mask & (batch.lag <= batch.max_age)
     groups = Groups.of(batch.group, raw)
     rate = groups.spread(groups.mean(raw))
     batch = replace(batch, pass_rate=rate, positive=raw > 0, scored=~torch.isnan(raw))

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (_add_train, _add_eval, _add_check, _add_ls, _add_report, _add_rescore, _add_grade):
         add(verbs)
-    for add in (_add_fit_reward, _add_fit_thresholds):
+    for add in (_add_audit, _add_replay, _add_drain, _add_fit_reward, _add_fit_thresholds):
         add(verbs)
     return parser
 
@@ -107,6 +107,43 @@ def _add_report(verbs: Verbs) -> None:
     )  # fmt: skip
     verb.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     verb.add_argument("--out", help="the page (default: report.html in the run's folder, or beside several)")
+
+
+def _add_audit(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs, "audit", "recount from a run's files alone that nothing was lost or trained twice", _audit,
+        "alignlab audit runs/quickstart",
+    )  # fmt: skip
+    verb.add_argument("folder", metavar="RUN", help="folder of a run, ended or not")
+
+
+def _add_replay(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs, "replay", "train a run's learner again on what it was given, bit for bit", _replay,
+        "alignlab replay runs/quickstart",
+    )  # fmt: skip
+    verb.add_argument("folder", metavar="RUN", help="folder of a run")
+    verb.add_argument("--from", type=int, metavar="STEP", help="checkpoint to begin with (default: the earliest)")
+    verb.add_argument("--steps", type=_positive(int), help="how many (default: to the end)")
+
+
+def _add_simulate(verbs: Verbs) -> None:
+    from alignlab.simulate import add_arguments
+
+    verb = _verb(
+        verbs, "simulate", "what a run would do with other numbers of actors, from one that was measured", _simulate,
+        "alignlab simulate --run runs/quickstart --actors 1,8,64",
+    )  # fmt: skip
+    add_arguments(verb)
+
+
+def _add_drain(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs, "drain", "have an actor of a running run finish what it holds and leave", _drain,
+        "alignlab drain runs/quickstart actor-1",
+    )  # fmt: skip
+    verb.add_argument("folder", metavar="RUN", help="folder of a run that is running here")
+    verb.add_argument("actor", help="name of the actor, as its log has it: actor-0 ...")
 
 
 def _add_rescore(verbs: Verbs) -> None:
@@ -235,6 +272,30 @@ def _report(arguments: argparse.Namespace) -> int:
     from alignlab.report import report
 
     return report(arguments)
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from alignlab.audit import audit_run
+
+    return audit_run(arguments)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from alignlab.replay import replay
+
+    return replay(arguments)
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from alignlab.simulate import simulate
+
+    return simulate(arguments)
+
+
+def _drain(arguments: argparse.Namespace) -> int:
+    from alignlab.run_dir import drain
+
+    return drain(arguments)
 
 
 def _fit_reward(arguments: argparse.Namespace) -> int:

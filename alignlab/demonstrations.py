@@ -31,6 +31,7 @@ class Demonstrations:
             raise UserError(f"model.path {config.model.path}: its tokenizer has no end-of-sequence token (eos_token)")
         self._columns = [name for name in (column, config.data.rejected_column) if name is not None]
         self._tokenizer, self._longest = tokenizer, config.rollout.max_tokens
+        self.incarnations = dict.fromkeys(self.names, 0)
         self._done: asyncio.Queue[Group | Failure] = asyncio.Queue()
 
     async def submit(self, name: str, requests: Sequence[GroupRequest]) -> None:
@@ -48,6 +49,13 @@ class Demonstrations:
             found.append(self._done.get_nowait())
         groups = tuple(x for x in found if isinstance(x, Group))
         return Poll(groups, tuple(x for x in found if isinstance(x, Failure)), None, 0)
+
+    async def abort(self, name: str, ids: Sequence[str]) -> None:
+        """Nothing is on its way here for longer than a moment."""
+
+    def processes(self) -> dict[str, tuple[int, str, None]]:
+        """There are none."""
+        return {}
 
     def metrics(self) -> dict[str, float]:
         """Nothing is sampled here."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from actors.pool import CALL_SECONDS, ActorPool, brief
+from actors.pool import CALL_SECONDS, ActorPool, Published, brief
 from actors.weights import Broadcast, Layout, Stored, layout, snapshot
 from learner.pool import LearnerPool
 
@@ -37,12 +37,12 @@ class Handoff:
         self._layout: Layout = ()
         actors.supply = self._put  # for an actor that joins after a broadcast
 
-    async def __call__(self, version: int) -> None:
-        """Raises HandoffFailed when no actor serves the version, or the learner is at another one."""
+    async def __call__(self, version: int) -> Published:
+        """Who serves the version. Raises HandoffFailed when nobody does, or the learner is at another one."""
         if self._actors.spec.weight_transfer == "nccl":
-            problem = await self._broadcast(version)
-            if not problem:
-                return
+            published, problem = await self._broadcast(version)
+            if published is not None:
+                return published
             self._say(f"weights of version {version} go through the object store, not over NCCL: {problem}")
         stored = await self._put()
         if stored.version != version:
@@ -50,18 +50,21 @@ class Handoff:
         published = await self._actors.publish(stored)
         if not published.loaded:
             raise HandoffFailed(f"no actor serves version {version}: {published.stale}")
+        return published
 
     async def _put(self) -> Stored:
         return await self._learner.export(PutSnapshot(self._actors.spec.dtype))
 
-    async def _broadcast(self, version: int) -> str:
-        """Empty when every actor that is well serves the version; else why not, and the group is given up."""
+    async def _broadcast(self, version: int) -> tuple[Published | None, str]:
+        """Every actor that is well serves the version; or none and why not, and the group is given up."""
         end = time.monotonic() + self._actors.config.actors.publish_timeout
         problem = "" if self._actors.connected else await self._connect(end)
-        problem = problem or await self._send(version, end - time.monotonic())
+        published = None
+        if not problem:
+            published, problem = await self._send(version, end - time.monotonic())
         if problem:
             self._actors.disconnect()
-        return problem
+        return (None if problem else published), problem
 
     async def _connect(self, end: float) -> str:
         names = self._actors.well
@@ -77,18 +80,20 @@ class Handoff:
         )
         return "; ".join(filter(None, (ours, theirs)))
 
-    async def _send(self, version: int, seconds: float) -> str:
+    async def _send(self, version: int, seconds: float) -> tuple[Published | None, str]:
         message = Broadcast(version, self._layout, seconds)
         (digest, problem), published = await asyncio.gather(
             self._learner.export(SendNccl(version, seconds)), self._actors.publish(message)
         )
         if problem:
-            return problem
+            return None, problem
         reasons = {name: brief(reason) for name, reason in published.stale.items()}
         without = {name: reason for name, reason in reasons.items() if name in self._actors.well}
         if without or not published.loaded:
-            return f"not received: {without or reasons}"
-        return "" if published.digest == digest else "the actors have received other weights than the learner has sent"
+            return None, f"not received: {without or reasons}"
+        if published.digest != digest:
+            return None, "the actors have received other weights than the learner has sent"
+        return published, ""
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,15 @@ METRICS: dict[str, Meaning] = {
     "completion/truncated": Meaning("share cut off at rollout.max_tokens", "below 0.1", "raise rollout.max_tokens"),
     "rollout/staleness": Meaning(
         "updates between a completion's oldest token and the step, mean",
-        "at most max_staleness",
+        "at most rollout.window",
         "lower rollout.max_staleness, or use a method with a correction",
     ),
-    "rollout/staleness_max": Meaning("the same, of the oldest token", "at most max_staleness", "as above"),
+    "rollout/staleness_max": Meaning("the same, of the oldest token", "at most rollout.window", "as above"),
+    "rollout/masked": Meaning(
+        "tokens older than rollout.max_token_age, left out of the loss",
+        "below 0.1 of the step's tokens",
+        "raise rollout.max_token_age, or lower rollout.max_staleness",
+    ),
     "rollout/tokens_per_second": Meaning(
         "tokens that all actors sampled, per second of the step", "steady", "below what actors reach alone: see busy"
     ),
@@ -152,17 +157,23 @@ class MetricsWriter:
         self._board.close()
 
 
-def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """What a step's groups say by themselves. `version`: that of the weights before the step."""
+def group_metrics(groups: Sequence[Group], version: int, max_token_age: int | None = None) -> dict[str, float]:
+    """What a step's groups say by themselves. `version`: that of the weights before the step.
+
+    Tokens older than `max_token_age` are not trained on.
+    """
     completions = [completion for group in groups for completion in group.completions]
     lengths = [len(completion.token_ids) for completion in completions]
     staleness = [completion.staleness(version) for completion in completions]
+    oldest = -math.inf if max_token_age is None else version - max_token_age
+    masked = sum(token < oldest for completion in completions for token in completion.versions)
     return {
         "completion/length_mean": sum(lengths) / len(lengths),
         "completion/length_max": max(lengths),
         "completion/truncated": sum(completion.truncated for completion in completions) / len(completions),
         "rollout/staleness": sum(staleness) / len(staleness),
         "rollout/staleness_max": max(staleness),
+        "rollout/masked": masked,
     }
 
 

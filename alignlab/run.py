@@ -1,29 +1,40 @@
 """THE loop. The coordinator decides, this file executes; a batch goes from top to bottom:
 
     prompts -> actors -> rewards -> weights of rewards -> learner -> weights -> actors
-      _generate   _poll     _score        _weigh           _train     publish
+      _generate   _hear     _score        _weigh           _train     publish
 
-Synchronous and overlapped runs, and runs on demonstrations, are this same code with other numbers and other parts.
+Synchronous, overlapped and free-running runs, and runs on demonstrations, are this same code with other numbers and
+other parts. Whatever happens is in the ledger before it has consequences. Every wait is on an edge of this dataflow,
+with a deadline that the watchdog keeps.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from actors.pool import ActorLost
-from alignlab import coordinator as c
+from actors.actor import Poll
+from actors.pool import ActorLost, Published
+from alignlab import events as e
+from alignlab.archive import Archive
+from alignlab.coordinator import Coordinator
 from alignlab.metrics import MetricsWriter, group_metrics, rollout_rows, step_line
 from alignlab.plan import Plan
 from alignlab.run_dir import RunDir
 from alignlab.sources import advantage_signal, alignment_signal, by_source
+from alignlab.watchdog import Blocked, Watchdog
+from core.patience import settled
 from core.schema import Group, GroupRequest, Mixture, group_id, sample_seed
 from rewards.math_answer import final_answer
 
 Say = Callable[[str], None]
+
+TICK_SECONDS = 1.0  # between two looks at the clock
+GROWTH_SECONDS = 10.0  # between two looks for room for one more actor
 
 
 class RunAborted(RuntimeError):
@@ -41,160 +52,242 @@ class Run:
 
     plan: Plan
     run_dir: RunDir
-    coordinator: c.Coordinator
+    coordinator: Coordinator
     prompts: Any  # `alignlab.prompts.PromptStream`, `alignlab.sources.MixedPrompts`
     actors: Any
     composer: Any
     learner: Any
-    publish: Callable[[int], Awaitable[None]]
+    publish: Callable[[int], Awaitable[Published]]
     evaluate: Callable[[int], Awaitable[tuple[dict[str, float], dict[str, float]]]]
     writer: MetricsWriter
+    archive: Archive
+    watchdog: Watchdog
     saved: int = -1  # the step whose checkpoint is on disk; -1 for none
     say: Say = print
-    _events: asyncio.Queue[tuple[c.Event, Group | None] | Exception] = field(default_factory=asyncio.Queue)
-    _groups: dict[int, Group] = field(default_factory=dict)  # accepted and not yet trained, by ordinal
+    _events: asyncio.Queue[tuple[e.Event, Group | None] | Exception] = field(default_factory=asyncio.Queue)
+    _groups: dict[int, Group] = field(default_factory=dict)  # scored and not yet trained, by ordinal
     _ordinals: dict[str, int] = field(default_factory=dict)  # group id -> ordinal, while leased
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _mail: dict[str, asyncio.Lock] = field(default_factory=dict)  # one message to an actor at a time, in order
+    _lost: dict[str, float] = field(default_factory=dict)  # actors that are being replaced, since when
+    _moved: asyncio.Event = field(default_factory=asyncio.Event)  # an actor has sampled something, or has nothing to do
+    _may_publish: asyncio.Event = field(default_factory=asyncio.Event)
     _step_ended: float = field(default_factory=time.monotonic)
     _step_seconds: list[float] = field(default_factory=list)
     _checkpoint_seconds: float | None = None  # of the checkpoint after the last step
-    _progress: float = field(default_factory=time.monotonic)  # when the actors last had sampled something
-    _training: bool = False
 
     async def loop(self) -> None:
         """Run to the last step, or to the end of the step during which `stop` was called; then save.
 
         Raises RunAborted when it cannot go on, and whatever a part raised.
         """
-        self._step_ended = self._progress = time.monotonic()
+        self._step_ended = time.monotonic()
         try:
+            self._tell(e.Started({name: self.actors.incarnations[name] for name in self.actors.names}))
             for name in self.actors.names:
-                self._spawn(self._poll(name))
-                self._tell(c.ActorJoined(name))
+                self._spawn(self._attend(name))
+            for work in (self._tick(), self._grow(), self._watch_actors()):
+                self._spawn(work)
             while not self._execute(*await self._next_event()):
                 pass
         finally:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self.saved != self.coordinator.version:
-            await self._checkpoint(self.coordinator.version)
+        if self.saved != self.coordinator.trained:
+            await self._checkpoint(self.coordinator.trained)
 
     def stop(self) -> None:
         """Finish the step that is under way, then end (Ctrl-C)."""
-        self._tell(c.StopRequested())
+        self._tell(e.StopRequested())
 
-    def _tell(self, event: c.Event, group: Group | None = None) -> None:
+    def _tell(self, event: e.Event, group: Group | None = None) -> None:
         self._events.put_nowait((event, group))
 
-    def _execute(self, event: c.Event, group: Group | None) -> bool:
-        """Give one event to the coordinator and start what it asks for. True when the run is over."""
-        for action in self.coordinator.step(event, time.monotonic()):
+    async def _next_event(self) -> tuple[e.Event, Group | None]:
+        """The next event, of which the clock sends one a second. Raises what a part raised."""
+        event = await self._events.get()
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def _execute(self, event: e.Event, group: Group | None) -> bool:
+        """Give one event to the coordinator, record what it says, start what it asks for. True when the run is over."""
+        actions = self.coordinator.step(event, time.monotonic())
+        self.archive.record([action for action in actions if isinstance(action, e.Record)])
+        for action in actions:
             match action:
-                case c.Generate(actor, leases):
+                case e.Generate(actor, leases):
                     self._spawn(self._generate(actor, leases))
-                case c.Score(ordinal):
-                    assert group is not None  # only GroupDone leads here, and it brings its group
-                    self._spawn(self._score(ordinal, group))
-                case c.Train(step, ordinals):
+                case e.Cancel(actor, ordinals):
+                    self._spawn(self._cancel(actor, ordinals))
+                case e.Replace(actor):
+                    self._spawn(self._replace(actor))
+                case e.Retire(actor):
+                    self._spawn(self.actors.leave(actor))
+                case e.Score(ordinal):
+                    arrived = group is not None and group.prompt.ordinal == ordinal
+                    self._spawn(self._score(ordinal, *((group, "") if arrived else self.archive.take(ordinal))))
+                case e.Train(step, ordinals):
                     self._spawn(self._train(step, ordinals))
-                case c.Abort(reason):
-                    raise RunAborted(f"step {self.coordinator.version + 1}: {reason}")
-                case c.Finish():
+                case e.Publish():
+                    self._may_publish.set()
+                case e.Abort(reason):
+                    raise RunAborted(f"step {self.coordinator.trained + 1}: {reason}")
+                case e.Finish():
                     return True
         return False
 
-    async def _next_event(self) -> tuple[c.Event, Group | None]:
-        """The next event. Raises what a part raised, and RunAborted when nothing moves any more.
-
-        Every part has its own deadline, so a step under way is not judged here; nor are actors that sample.
-        """
-        limit = self.plan.config.learner.timeout
-        while True:
-            try:
-                event = await asyncio.wait_for(self._events.get(), limit)
-            except TimeoutError:
-                if self._training or time.monotonic() - self._progress < limit:
-                    continue
-                raise RunAborted(
-                    f"nothing happened for {limit:g} s (learner.timeout); groups by state: {self.coordinator.tally()}; "
-                    f"see {self.run_dir.path / 'logs'}"
-                ) from None
-            if isinstance(event, Exception):
-                raise event
-            return event
-
-    def _spawn(self, work: Awaitable[None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` beside the loop; what it raises ends the run."""
-
-        async def guarded() -> None:
-            try:
-                await work
-            except Exception as error:
-                self._events.put_nowait(error)
-
-        task = asyncio.create_task(guarded())
+        task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._events.put_nowait(error)
+
+    # ------------------------------------------------------------ actors
+    async def _attend(self, actor: str) -> None:
+        """Hear what one incarnation of an actor has to say, to its end."""
+        incarnation, sampled = self.actors.incarnations[actor], 0
+        try:
+            while actor in self.actors.names:
+                poll = await self._hear(actor, incarnation)
+                if poll.stats is not None and poll.stats.tokens != sampled:
+                    sampled = poll.stats.tokens
+                    self._moved.set()
+                self._take(poll, actor, incarnation)
+        except ActorLost as lost:
+            if actor in self.actors.names:
+                self.say(f"{lost}; its groups go to other actors, and a new one is started")
+            self._lost[actor] = time.monotonic()
+            self._tell(e.ActorLost(actor, incarnation, lost.reason))
+
+    async def _hear(self, actor: str, incarnation: int) -> Poll:
+        """The next poll. An actor that is silent, or stuck in a step, is suspected until it speaks or is given up."""
+        patience, suspected = self.plan.config.actors.suspect_timeout, False
+        while True:
+            call = asyncio.ensure_future(self.actors.poll(actor))
+            try:
+                await settled([call], patience)
+                if call.done() and (error := call.exception()):
+                    raise error
+                stalled = call.result().stats.stalled_seconds if call.done() and call.result().stats else 0.0
+                if not suspected and (not call.done() or stalled > patience):
+                    suspected = True
+                    self.say(f"{actor} has not answered for {patience:g} s: its groups go to others until it does")
+                    self._tell(e.ActorSuspected(actor, incarnation, f"silent for {patience:g} s"))
+                poll = await call
+            finally:
+                call.cancel()
+            if stalled > patience and not (poll.groups or poll.failures):
+                continue
+            if suspected:
+                self.say(f"{actor} answers again")
+                self._tell(e.ActorRecovered(actor, incarnation))
+            return poll
+
+    def _take(self, poll: Poll, actor: str, incarnation: int) -> None:
+        """Keep what an actor has finished, and tell."""
+        for group in poll.groups:
+            versions = [version for completion in group.completions for version in completion.versions]
+            span = (min(versions, default=self.coordinator.version), max(versions, default=self.coordinator.version))
+            lease = (group.prompt.ordinal, actor, incarnation, group.attempt)
+            self._tell(e.GroupDone(*lease, group.tokens, *span, self.archive.keep_rollout(group)), group)
+            self._moved.set()
+        for failure in poll.failures:
+            if (ordinal := self._ordinals.get(failure.id)) is not None:
+                self._tell(e.GroupFailed(ordinal, actor, incarnation, failure.attempt, failure.reason))
+
+    async def _replace(self, actor: str) -> None:
+        self._tell(e.ActorStarting(actor, self.actors.incarnations[actor] + 1))
+        await self.actors.replace(actor)
+        self._tell(e.ActorJoined(actor, self.actors.incarnations[actor]))
+        self.say(f"{actor} serves again, {time.monotonic() - self._lost.pop(actor):.1f} s after it was lost")
+        await self._attend(actor)
+
+    async def _generate(self, actor: str, leases: Sequence[e.Lease]) -> None:
+        requests = [self._request(lease) for lease in leases]
+        with suppress(ActorLost):  # its poll says so too, and there the loss is dealt with, once
+            async with self._mail.setdefault(actor, asyncio.Lock()):
+                await self.actors.submit(actor, requests)
+
+    def _request(self, lease: e.Lease) -> GroupRequest:
+        seed = self.plan.config.seed
+        name = group_id(seed, lease.ordinal)
+        self._ordinals[name] = lease.ordinal
+        seeds = tuple(sample_seed(seed, lease.ordinal, sample) for sample in range(self.plan.group_size))
+        prompt, greedy = self.prompts[lease.ordinal], "greedy" in self.plan.method.needs
+        return GroupRequest(name, prompt, seeds, self.plan.sampling, greedy, lease.attempt)
+
+    async def _cancel(self, actor: str, ordinals: Sequence[int]) -> None:
+        names = [group_id(self.plan.config.seed, ordinal) for ordinal in ordinals]
+        with suppress(ActorLost):
+            async with self._mail.setdefault(actor, asyncio.Lock()):
+                await self.actors.abort(actor, names)
+
+    async def _watch_actors(self) -> None:
+        """Nobody samples although groups wait for it: say so. The leases run into rollout.timeout."""
+        while True:
+            self._moved.clear()
+            with suppress(Blocked), self.watchdog.waiting("generate", seconds=self.plan.config.rollout.timeout):
+                await self._moved.wait()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self._tell(e.Tick())
+            if not self.coordinator.tally()["leased"]:
+                self._moved.set()
+            for name in self.run_dir.leavers():
+                self._tell(e.ActorLeaving(name))
+
+    async def _grow(self) -> None:
+        """One more actor whenever the cluster has room for it, up to actors.max_count."""
+        most = self.plan.config.actors.max_count
+        while most is not None:
+            await asyncio.sleep(GROWTH_SECONDS)
+            if (name := await self.actors.join()) is not None:
+                self.say(f"{name} has joined")
+                self._tell(e.ActorJoined(name, self.actors.incarnations[name]))
+                self._spawn(self._attend(name))
 
     # ------------------------------------------------------------ the way of a batch
-    async def _generate(self, actor: str, leases: Sequence[c.Lease]) -> None:
-        seed, size = self.plan.config.seed, self.plan.group_size
-        requests = []
-        for lease in leases:
-            name = group_id(seed, lease.ordinal)
-            self._ordinals[name] = lease.ordinal
-            seeds = tuple(sample_seed(seed, lease.ordinal, sample) for sample in range(size))
-            prompt, greedy = self.prompts[lease.ordinal], "greedy" in self.plan.method.needs
-            requests.append(GroupRequest(name, prompt, seeds, self.plan.sampling, greedy, lease.attempt))
-        try:
-            await self.actors.submit(actor, requests)
-        except ActorLost:
-            return  # its poll says so too, and there the loss is dealt with, once
-
-    async def _poll(self, actor: str) -> None:
-        sampled = 0
-        while True:
-            try:
-                poll = await self.actors.poll(actor)
-            except ActorLost as lost:
-                self.say(f"{lost}; its groups go to other actors, and a new one is started")
-                self._tell(c.ActorLost(actor, lost.reason))
-                await self.actors.replace(actor)
-                self._tell(c.ActorJoined(actor))
-                continue
-            if poll.stats is not None and poll.stats.tokens != sampled:
-                sampled, self._progress = poll.stats.tokens, time.monotonic()
-            for group in poll.groups:
-                self._tell(c.GroupDone(self._ordinals[group.id], actor, group.attempt), group)
-            for failure in poll.failures:
-                ordinal = self._ordinals[failure.id]
-                self._tell(c.GroupFailed(ordinal, actor, failure.attempt, failure.reason))
-
-    async def _score(self, ordinal: int, group: Group) -> None:
-        if not self.plan.demonstrations:
-            group = await self.composer.score(group)
-        if "answers" in self.plan.method.needs:
-            group = replace(group, answers=tuple(final_answer(c.text) for c in group.completions))
+    async def _score(self, ordinal: int, group: Group, digest: str) -> None:
+        """`digest`: of the scores that the group has already, empty for none."""
+        if not digest:
+            if not self.plan.demonstrations:
+                with self.watchdog.waiting("score", f"group {ordinal}"):
+                    group = await self.composer.score(group)
+            if "answers" in self.plan.method.needs:
+                group = replace(group, answers=tuple(final_answer(c.text) for c in group.completions))
+            digest = self.archive.keep_scores(group)
         drop = self.plan.drop(group)
         if drop is None:
             self._groups[ordinal] = group
-        self._tell(c.GroupScored(ordinal, drop))
+        self._tell(e.GroupScored(ordinal, drop, digest))
 
     async def _train(self, step: int, ordinals: Sequence[int]) -> None:
         """Train on a batch, serve the new weights, write down what happened. `step` counts from 0."""
-        self._training = True
         groups, mixture = [self._groups.pop(ordinal) for ordinal in ordinals], Mixture()
         version, times = step + 1, {"time/wait_groups": time.monotonic() - self._step_ended}
-        metrics = group_metrics(groups, version=step)
-        with _timed(times, "time/weigh"):
+        metrics = group_metrics(groups, step, self.plan.config.rollout.max_token_age)
+        with _timed(times, "time/weigh"), self.watchdog.waiting("weigh"):
             if not self.plan.demonstrations:
                 groups, mixture = await self._weigh(groups, step)
                 metrics |= self.composer.metrics(groups)
-        with _timed(times, "time/train"):
+        digest = self.archive.keep_step(groups, mixture)
+        with _timed(times, "time/train"), self.watchdog.waiting("train", f"step {version}"):
             result = await self.learner.step(groups, step, mixture)
-        with _timed(times, "time/publish"):
-            await self.publish(version)
+        self._may_publish.clear()
+        self._tell(e.Trained(step, int(metrics["rollout/masked"]), digest))
+        await self._may_publish.wait()
+        with _timed(times, "time/publish"), self.watchdog.waiting("publish", f"version {version}"):
+            published = await self.publish(version)
+        self._tell(e.Served(version, published.loaded, published.stale, published.digest))
         times["time/step"] = time.monotonic() - self._step_ended
         rates, means = self.actors.metrics(), await self._evaluate(version)
         if not self.plan.demonstrations:
@@ -204,8 +297,8 @@ class Run:
         if (every := self.plan.config.checkpoint.every) and version % every == 0:
             await self._checkpoint(version)
         self.actors.metrics()  # what was sampled for the evaluation is no rollout
-        self._step_ended, self._training = time.monotonic(), False
-        self._tell(c.StepDone(step))
+        self._step_ended = time.monotonic()
+        self._tell(e.StepDone(step))
 
     async def _weigh(self, groups: list[Group], step: int) -> tuple[list[Group], Mixture]:
         """The groups with the columns, weights and totals of this step, and how the learner joins them."""
@@ -237,7 +330,8 @@ class Run:
         config = self.plan.config
         if not config.eval.every or version % config.eval.every or version >= config.steps:
             return None
-        metrics, means = await self.evaluate(version)
+        with self.watchdog.waiting("evaluate", f"step {version}"):
+            metrics, means = await self.evaluate(version)
         self.writer.write(version, metrics)
         return means
 
@@ -261,12 +355,17 @@ class Run:
     async def _checkpoint(self, step: int) -> None:
         """Everything that the next step depends on, in one folder that is there as a whole or not at all."""
         started = time.monotonic()
-        folder = self.run_dir.begin_checkpoint(step)
-        await self.learner.save(folder)
-        state = {"step": step, "coordinator": self.coordinator.state_dict(), "rewards": self.composer.state_dict()}
-        if self.plan.config.data.sources is not None:
-            state["sources"] = self.prompts.state_dict()
-        self.run_dir.commit_checkpoint(step, state, keep=self.plan.config.checkpoint.keep)
+        with self.watchdog.waiting("checkpoint", f"step {step}"):
+            folder = self.run_dir.begin_checkpoint(step)
+            await self.learner.save(folder)
+            state = {"step": step, "coordinator": self.coordinator.state_dict(), "rewards": self.composer.state_dict()}
+            if self.plan.config.data.sources is not None:
+                state["sources"] = self.prompts.state_dict()
+            state["ledger_offset"] = self.archive.sync()
+            keep = self.plan.config.checkpoint.keep
+            await asyncio.to_thread(self.run_dir.commit_checkpoint, step, state, keep=keep)
+        self.archive.record([e.Record("checkpoint", {"step": step, "offset": state["ledger_offset"]})])
+        self.archive.prune(min(checkpoint.state()["ledger_offset"] for checkpoint in self.run_dir.checkpoints()))
         self.saved, self._checkpoint_seconds = step, time.monotonic() - started
 
 

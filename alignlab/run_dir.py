@@ -7,21 +7,28 @@ runs/<name>/config.yaml        the resolved config; `alignlab train` runs it aga
             tensorboard/       the same numbers
             warnings.jsonl     what a person should know of a step
             rollouts/step-000003.jsonl   one line a completion: text, components, advantage
+            ledger.jsonl       what became of every group (`alignlab.ledger`); `alignlab audit` recounts it
+            payloads/          what the groups hold, in files named by their digest (`alignlab.payloads`)
             evals/             per-problem rows and a summary of every evaluation
-            checkpoints/step-000020/     model/ (a Hugging Face folder), trainer/, run.json (written last)
+            checkpoints/step-000020/     model/ (a Hugging Face folder), trainer/, run.json (written last: the
+                                         driver's state, and the sha256 of every other file)
+            checkpoints/corrupt-step-000020/   one that was found damaged, and is used no more
             logs/              one file per process; those of earlier attempts in attempt-N/
             skipped/           batches whose gradient was not finite
 """
 
 from __future__ import annotations
 
+import hashlib
+import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -31,7 +38,7 @@ from typing import Any
 from alignlab.plan import absolute
 from alignlab.run_files import leaves
 from core.config import RunConfig
-from core.errors import UserError
+from core.errors import UserError, first_line
 from core.loading import dump_config, load_config
 
 
@@ -49,7 +56,25 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """The driver's part: coordinator, rewards, counters."""
-        return json.loads((self.path / "run.json").read_text())
+        manifest = json.loads((self.path / "run.json").read_text())
+        return {name: value for name, value in manifest.items() if name not in ("files", "digest")}
+
+    def verify(self) -> list[str]:
+        """What is not as it was written, in sentences; reads every file. Without digests a checkpoint is believed."""
+        try:
+            manifest = json.loads((self.path / "run.json").read_bytes())
+            files = dict(manifest.get("files", {}))
+        except (OSError, ValueError, AttributeError) as error:
+            return [f"run.json cannot be read: {first_line(error)}"]
+        if manifest.get("digest") not in (None, _manifest_digest(manifest)):
+            return ["run.json has been changed"]
+        try:
+            there = _digests(self.path) if files else {}
+        except OSError as error:
+            return [f"{error.filename} cannot be read: {error.strerror}"]
+        missing = [f"{name} is missing" for name in files if name not in there]
+        changed = [f"{name} has been changed" for name in files if there.get(name, files[name]) != files[name]]
+        return missing + changed
 
 
 class RunDir:
@@ -133,6 +158,20 @@ class RunDir:
                 lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
                 write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
+    # ------------------------------------------------------------ wishes
+    def ask_to_leave(self, actor: str) -> None:
+        """Have the running run end an actor when it has finished what it holds (`alignlab drain`)."""
+        folder = self.path / "drain"
+        folder.mkdir(exist_ok=True)
+        (folder / actor).touch()
+
+    def leavers(self) -> list[str]:
+        """Actors that were asked to leave since the last call."""
+        found = sorted((self.path / "drain").glob("*"))
+        for path in found:
+            path.unlink(missing_ok=True)
+        return [path.name for path in found]
+
     # ------------------------------------------------------------ checkpoints
     def begin_checkpoint(self, step: int) -> Path:
         """An empty folder to write into; it counts only after `commit_checkpoint`."""
@@ -142,10 +181,14 @@ class RunDir:
         return path
 
     def commit_checkpoint(self, step: int, state: Mapping[str, Any], *, keep: int) -> Checkpoint:
-        """Write the driver's state last, rename the folder into place, remove the oldest beyond `keep`."""
+        """Write the driver's state and the digests of all files last, rename the folder into place, remove the oldest
+        beyond `keep`. Reads every file once.
+        """
         partial = self.path / "checkpoints" / f".partial-{step:06d}"
         final = self.path / "checkpoints" / f"step-{step:06d}"
-        write_atomically(partial / "run.json", json.dumps(state, indent=2) + "\n")
+        manifest = json.loads(json.dumps({**state, "files": _digests(partial)}))  # keys are texts, as when it is read
+        manifest["digest"] = _manifest_digest(manifest)
+        write_atomically(partial / "run.json", json.dumps(manifest, indent=2) + "\n")
         aside = final.with_name(f".old-{step:06d}")
         shutil.rmtree(aside, ignore_errors=True)
         if final.exists():
@@ -162,10 +205,44 @@ class RunDir:
         paths = sorted((self.path / "checkpoints").glob("step-*/run.json"))
         return [Checkpoint(int(p.parent.name.removeprefix("step-")), p.parent) for p in paths]
 
+    def newest_valid(self, say: Callable[[str], None]) -> Checkpoint | None:
+        """The newest checkpoint that is as it was written, or None. Damaged ones are put aside, and `say` is told."""
+        found = self.checkpoints()
+        while found:
+            checkpoint = found.pop()
+            if not (problems := checkpoint.verify()):
+                return checkpoint
+            aside = self._put_checkpoint_aside(checkpoint)
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            then = f"step {found[-1].step}, the one before, is used" if found else "there is none before it"
+            say(f"checkpoint {checkpoint.path} is damaged: {problems[0]}{more}; moved to {aside.name}; {then}")
+        return None
+
+    def _put_checkpoint_aside(self, checkpoint: Checkpoint) -> Path:
+        aside = checkpoint.path.with_name(f"corrupt-{checkpoint.path.name}")
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time: the newer one says more
+        os.rename(checkpoint.path, aside)
+        _fsync(aside.parent)
+        return aside
+
+
+def drain(arguments: argparse.Namespace) -> int:
+    """`alignlab drain RUN ACTOR`: have a running run end one of its actors, in its own time. Raises UserError."""
+    run, actor = RunDir(Path(arguments.folder)), arguments.actor
+    if not (run.path / "ledger.jsonl").exists():
+        raise UserError(f"RUN: {run.path} has no ledger.jsonl; name the folder of a run that is running")
+    known = sorted({path.name.partition(".")[0] for path in (run.path / "logs").glob("actor-*.log")})
+    if actor not in known:
+        raise UserError(f"ACTOR: {nearest(actor, known)}")
+    run.ask_to_leave(actor)
+    print(f"{actor} will leave when it has finished what it holds; the run says so")
+    return 0
+
 
 # Options that a resumed run may change: whole sections, or single options of sections that otherwise must stay.
 FREE = ("name", "output_dir", "steps", "checkpoint", "eval", "cluster", "actors", "rollout.max_attempts")
-FREE += ("rewards.workers", "rewards.timeout", "rewards.memory_gib", "rewards.max_failed", "model.attention")
+FREE += ("rollout.timeout", "deadlines", "ledger", "rewards.workers", "rewards.timeout", "rewards.memory_gib")
+FREE += ("rewards.max_failed", "model.attention", "learner.max_restarts")
 FREE += tuple(f"learner.{name}" for name in ("ranks", "device", "token_budget", "threads", "timeout", "logprob_chunk"))
 FREE += ("learner.activation_checkpointing",)
 FIXED = ("actors.dtype",)  # of a free section
@@ -220,6 +297,25 @@ def _gpus() -> list[str]:
     import torch
 
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Relative path -> sha256 of every file of a checkpoint but its manifest. Several are read at a time."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder) != Path("run.json"))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(_digest, paths))
+    return {p.relative_to(folder).as_posix(): digest for p, digest in zip(paths, digests, strict=True)}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """sha256 of what a manifest says, its own digest left out."""
+    said = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -106,14 +106,26 @@ class RolloutConfig(Section):
     stop: list[str] = []
     """Strings that end a completion (kept in its text)."""
     max_staleness: Count = 0
-    """S: updates that may lie between a token's weights and the step that trains on it; 0 is on-policy."""
+    """S: (S + 1) x P groups are under way at once, so generation goes on while the learner works; 0 is on-policy."""
+    window: Count | None = None
+    """Updates within which a group is trained after its admission: a batch waits for what would be left behind longer.
+    None is S."""
+    max_token_age: Count | None = None
+    """Tokens whose weights lie more updates behind are left out of the loss, and counted; none leaves out none."""
+    deterministic: bool = False
+    """Every group is sampled by one version, which depends on its place in the stream alone, and batches are taken in
+    order: a run killed anywhere ends with the same parameters. Costs overlap."""
+    timeout: PositiveFloat = 3600.0
+    """Seconds a group may take on an actor; then another one gets it."""
     max_attempts: Positive = 3
-    """How often a group is given to an actor before the run stops with the reason."""
+    """How often a group may be lost with its actor, or run into the timeout, before it is dropped with the reason."""
 
 
 class ActorsConfig(Section):
     count: Positive = 1
     """Rollout actors; each is one engine."""
+    max_count: Positive | None = None
+    """More join, up to so many, whenever the cluster has room; none keeps it at `count`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where engines run; auto is cuda when the cluster has GPUs."""
     tensor_parallel: Positive = 1
@@ -138,6 +150,8 @@ class ActorsConfig(Section):
     """How new weights travel: nccl between GPU pools, Ray's object store otherwise; auto picks by device."""
     start_timeout: PositiveFloat = 600.0
     """Seconds an actor may take from its placement to serving."""
+    suspect_timeout: PositiveFloat = 30.0
+    """Seconds without a sign of life after which an actor's groups go to others; it may come back."""
     silence_timeout: PositiveFloat = 120.0
     """Seconds without a sign of life after which an actor is presumed dead and replaced."""
     publish_timeout: PositiveFloat = 300.0
@@ -266,10 +280,34 @@ class LearnerConfig(Section):
     threads: Positive = 1
     """Compute threads of each rank on CPU."""
     timeout: PositiveFloat = 3600.0
-    """Seconds one step may take before the run stops and says what it was waiting for."""
+    """Seconds one step may take; then the learner is started again from the last checkpoint."""
+    max_restarts: Count = 3
+    """How often a lost learner is started again, without a new checkpoint in between, before the run stops."""
     optimizer: OptimizerConfig = OptimizerConfig()
     critic: TokenModelConfig = TokenModelConfig()
     token_reward_model: TokenModelConfig = TokenModelConfig()
+
+
+class DeadlinesConfig(Section):
+    """Seconds that a part of a step may take before the run says what it waits for, and recovers or ends."""
+
+    score: PositiveFloat = 900.0
+    """Rewards of one group, those of models included."""
+    weigh: PositiveFloat = 900.0
+    """Columns and weights of a step, rewards with state and the comparison of gradients included."""
+    evaluate: PositiveFloat = 7200.0
+    """All benchmarks of one evaluation."""
+    checkpoint: PositiveFloat = 1800.0
+    """Writing one checkpoint."""
+    ledger: PositiveFloat = 120.0
+    """Anything that keeps the driver itself from answering, such as a disk that hangs."""
+
+
+class LedgerConfig(Section):
+    sync_seconds: PositiveFloat = 1.0
+    """How long records may wait until the disk has them for certain; a killed process loses none in any case."""
+    payload_gib: PositiveFloat = 20.0
+    """Room for completions and scores; beyond it the oldest that no resume needs are removed (a replay needs them)."""
 
 
 class CheckpointConfig(Section):
@@ -327,6 +365,8 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     cluster: ClusterConfig = ClusterConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+    ledger: LedgerConfig = LedgerConfig()
 
     @property
     def longest(self) -> int:

@@ -28,6 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from algos.methods import resolve
+from core import patience, stacks
 from core.config import RunConfig
 from core.errors import UserError
 from core.schema import Group, Mixture
@@ -51,6 +52,7 @@ class LearnerPool:
 
     def __init__(self, config: RunConfig, run_dir: Path, placement: PlacementGroup, workers: list[Any]) -> None:
         self.config, self.run_dir, self.placement, self.workers = config, run_dir, placement, workers
+        self._where: list[tuple[int, str]] = []  # (pid, host) of each rank
 
     @classmethod
     async def start(cls, config: RunConfig, run_dir: Path, *, reference: bool = False) -> LearnerPool:
@@ -84,6 +86,7 @@ class LearnerPool:
         try:
             address = (await pool._call("find an address", workers[:1], "address"))[0]
             await pool._call("load the model", workers, "build", config, address, device, reference)
+            pool._where = await pool._call("say where it is", workers, "where")
         except BaseException:
             await pool.close()
             raise
@@ -118,6 +121,10 @@ class LearnerPool:
         await self._call("load", self.workers, "run", "load", folder)
         return (await self._call("count steps", self.workers[:1], "steps_done"))[0]
 
+    def processes(self) -> dict[str, tuple[int, str, Path]]:
+        """(pid, host, log) of every rank's process."""
+        return {f"learner-{r}": (*where, _log(self.run_dir, r)) for r, where in enumerate(self._where)}
+
     async def close(self) -> None:
         """End the workers and free their place. Never raises for a worker that is already gone."""
         for worker in self.workers:
@@ -128,9 +135,7 @@ class LearnerPool:
     async def _call(self, what: str, workers: Sequence[Any], method: str, *arguments: Any) -> list[Any]:
         """The answers of `workers` to a method, in their order; LearnerLost or UserError where one has none."""
         calls = [asyncio.ensure_future(_result(getattr(w, method).remote(*arguments))) for w in workers]
-        done, pending = await asyncio.wait(
-            calls, timeout=self.config.learner.timeout, return_when=asyncio.FIRST_EXCEPTION
-        )
+        done, pending = await patience.settled(calls, self.config.learner.timeout)
         if any(call.exception() for call in done) and pending:
             await asyncio.wait(pending, timeout=NOTICE_SECONDS)
         failures = {rank: call.exception() for rank, call in enumerate(calls) if call.done() and call.exception()}
@@ -175,6 +180,7 @@ class _Worker:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):  # native code too: its last words are often the only ones
             os.dup2(descriptor, stream)
+        stacks.register(2)
 
     def address(self) -> str:
         """Where rank 0 will listen: this node's address and a free port."""
@@ -200,8 +206,8 @@ class _Worker:
     def steps_done(self) -> int:
         return self.learner.steps_done
 
-    def pid(self) -> int:
-        return os.getpid()
+    def where(self) -> tuple[int, str]:
+        return os.getpid(), socket.gethostname()
 
 
 async def _result(ref: Any) -> Any:

@@ -226,6 +226,10 @@ class Composer:
         if self.search is not None:
             self.search.load_state_dict(state["search"])
 
+    def processes(self) -> dict[str, tuple[int, str, None]]:
+        """See `rewards.workers.Workers.processes`."""
+        return self._scoring.processes()
+
     async def close(self) -> None:
         """Kill the scoring processes."""
         await self._scoring.close()

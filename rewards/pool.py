@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core import patience, stacks
 from core.config import RunConfig
 from core.errors import UserError
 from core.schema import Score
@@ -127,7 +128,7 @@ class ModelPool:
         started, name = time.monotonic(), jobs[0].component
         call = process.score.remote(name, [job.samples for job in jobs], jobs[0].batch)
         try:
-            answers = await asyncio.wait_for(_answer(call), self.options.timeout)
+            answers = await patience.within(_answer(call), self.options.timeout)
         except TimeoutError:
             score = Score("timeout", detail=f"took longer than {self.options.timeout:g} s (rewards.models.timeout)")
         except Exception as error:  # of Ray: the process died
@@ -171,7 +172,7 @@ class ModelPool:
         self._place = ray.util.placement_group(bundles, strategy=self.config.cluster.placement)
         seconds = self.config.cluster.start_timeout
         try:
-            await asyncio.wait_for(_answer(self._place.ready()), seconds)
+            await patience.within(_answer(self._place.ready()), seconds)
         except TimeoutError:
             raise UserError(
                 f"rewards.models: the cluster did not provide {self.options.count} x {share} in {seconds:g} s "
@@ -196,7 +197,7 @@ class ModelPool:
 
     async def _loaded(self, process: Any) -> None:
         try:
-            problem = await asyncio.wait_for(_answer(process.load.remote()), self.options.start_timeout)
+            problem = await patience.within(_answer(process.load.remote()), self.options.start_timeout)
         except TimeoutError:
             raise UserError(
                 f"rewards.models: loading took longer than {self.options.start_timeout:g} s "
@@ -214,6 +215,7 @@ class _Process:
         with open(log, "a") as file:
             sys.stdout.flush(), sys.stderr.flush()
             os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        stacks.register(2)
         import torch
 
         torch.set_num_threads(threads)

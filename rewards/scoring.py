@@ -108,6 +108,10 @@ class Scoring:
             self._references[key] = tuple(s.value if isinstance(s, Score) else math.nan for s in scores)
         return self._references[key]
 
+    def processes(self) -> dict[str, tuple[int, str, None]]:
+        """See `Workers.processes`."""
+        return self._workers.processes()
+
     async def close(self) -> None:
         """Kill the scoring processes. The pool of models is its owner's to close."""
         await self._workers.close()

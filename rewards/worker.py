@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from core import stacks
 from core.schema import Score
 from rewards.reward import DETAIL_LIMIT, Reward, Samples, Scores, bind, describe_error
 
@@ -34,6 +35,7 @@ _SWEEP = 3.0  # seconds for killing all that came of a scoring process; the driv
 def main() -> None:
     """Serve until the driver closes the pipe."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    stacks.register_quietly()  # the watcher has the same file, and the driver knows no other of the two
     if sys.platform == "linux":
         _fork_watched()
     requests, replies = _own_the_pipes()
@@ -92,7 +94,7 @@ def _own_the_pipes() -> tuple[TextIO, _Replies]:
 
 def _fork_watched() -> None:
     """Fork, and return in the child; the parent watches, and never returns."""
-    signals = {signal.SIGTERM, signal.SIGCHLD}
+    signals = {signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     prctl = ctypes.CDLL(None).prctl
     # Both die with their parents: busy in user code, the child would not see the driver's pipe close.
@@ -105,7 +107,9 @@ def _fork_watched() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return
     code = None
-    while code is None and signal.sigwait(signals) == signal.SIGCHLD:
+    while code is None and (sent := signal.sigwait(signals)) != signal.SIGTERM:
+        if sent == signal.SIGUSR1:  # where the threads are is asked of the process that scores
+            os.kill(child, sent)
         code = _reap().get(child)
     _end_all(child)
     if code is not None and code < 0:

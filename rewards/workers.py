@@ -165,6 +165,11 @@ class Workers:
         if self._closed:
             raise RewardFailure("the scoring processes were closed while completions were being scored")
 
+    def processes(self) -> dict[str, tuple[int, str, None]]:
+        """(pid, host, no log) of the processes that are up."""
+        pids = [process.pid for process in (*self._idle, *self._busy)]
+        return {f"scorer-{i}": (pid, socket.gethostname(), None) for i, pid in enumerate(pids)}
+
     async def close(self) -> None:
         """Kill all processes and what they have started."""
         self._closed = True
@@ -175,6 +180,11 @@ class Workers:
 
 class _Process:
     """One scoring process with its watcher, in a session of their own, seen from the driver."""
+
+    @property
+    def pid(self) -> int:
+        """Of the watcher."""
+        return self._process.pid
 
     def __init__(
         self,

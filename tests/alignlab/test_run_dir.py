@@ -1,6 +1,8 @@
 """What a run leaves behind is whole, and a resumed run continues it."""
 
+import hashlib
 import json
+import os
 
 import pytest
 
@@ -83,6 +85,91 @@ def test_a_checkpoint_counts_only_when_it_is_whole_and_the_oldest_go(config):
     run.begin_checkpoint(4)  # a crash here leaves no checkpoint 4
     assert [c.step for c in run.checkpoints()] == [2, 3]
     assert run.checkpoints()[-1].state() == {"step": 3}
+
+
+def saved(run, *steps):
+    """The run's checkpoints after these steps; each has a model and a trainer's file."""
+    for step in steps:
+        folder = run.begin_checkpoint(step)
+        for name in ("model/weights", "trainer/state"):
+            (folder / name).parent.mkdir()
+            (folder / name).write_bytes(f"{name} {step}".encode())
+        run.commit_checkpoint(step, {"step": step, "owed": {10: 1, 9: 2}}, keep=9)
+    return run.checkpoints()
+
+
+def test_a_manifest_holds_the_digest_of_every_other_file(config):
+    (checkpoint,) = saved(RunDir.create(config, resume=False), 3)
+    manifest = json.loads((checkpoint.path / "run.json").read_text())
+    assert manifest["files"] == {
+        "model/weights": hashlib.sha256(b"model/weights 3").hexdigest(),
+        "trainer/state": hashlib.sha256(b"trainer/state 3").hexdigest(),
+    }
+    assert checkpoint.state() == {"step": 3, "owed": {"10": 1, "9": 2}}  # the driver's part alone, as JSON has it
+    assert checkpoint.verify() == []
+
+
+def damage(checkpoint, name, how):
+    path = checkpoint.path / name
+    if how == "gone":
+        path.unlink()
+    elif how == "torn":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b"3", b"4", 1))  # in run.json that is valid JSON: "step": 4
+
+
+DAMAGES = [
+    ("model/weights", "changed", "model/weights has been changed"),
+    ("model/weights", "torn", "model/weights has been changed"),
+    ("trainer/state", "gone", "trainer/state is missing"),
+    ("run.json", "changed", "run.json has been changed"),
+    ("run.json", "torn", "run.json cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "how", "said"), DAMAGES)
+def test_damage_of_any_file_is_found_and_the_checkpoint_before_is_used(config, name, how, said):
+    run = RunDir.create(config, resume=False)
+    first, second, third = saved(run, 1, 2, 3)
+    damage(third, name, how)
+    assert third.verify()[0].startswith(said) and second.verify() == []
+    told = []
+    assert run.newest_valid(told.append) == second
+    (line,) = told
+    assert said in line and "moved to corrupt-step-000003; step 2, the one before, is used" in line
+    assert run.checkpoints() == [first, second]
+    assert (run.path / "checkpoints" / "corrupt-step-000003" / "model").is_dir()  # nothing is deleted
+    assert run.newest_valid(told.append) == second and len(told) == 1
+
+
+def test_all_damaged_checkpoints_are_put_aside_until_one_is_whole_or_none_is_left(config):
+    run = RunDir.create(config, resume=False)
+    told = []
+    for checkpoint in saved(run, 1, 2):
+        (checkpoint.path / "model/weights").unlink()
+        (checkpoint.path / "trainer/state").unlink()
+    assert run.newest_valid(told.append) is None
+    assert "model/weights is missing (and 1 more)" in told[0] and "there is none before it" in told[1]
+    # The step is done and saved again, and damaged again: the newer damaged one is kept.
+    (again,) = saved(run, 2)
+    damage(again, "model/weights", "torn")
+    assert run.newest_valid(told.append) is None
+    aside = run.path / "checkpoints" / "corrupt-step-000002" / "model/weights"
+    assert aside.stat().st_size == len("model/weights 2") // 2
+
+
+def test_a_checkpoint_of_before_there_were_digests_is_believed(config):
+    run = RunDir.create(config, resume=False)
+    (checkpoint,) = saved(run, 3)
+    (checkpoint.path / "run.json").write_text('{"step": 3}')
+    assert checkpoint.verify() == []
+    assert run.newest_valid(print) == checkpoint
+
+
+def test_a_run_without_a_checkpoint_has_no_valid_one(config):
+    assert RunDir.create(config, resume=False).newest_valid(print) is None
 
 
 def test_a_resumed_run_forgets_what_it_does_again(config):
