@@ -26,6 +26,7 @@ from core.schema import Group, GroupRequest
 
 CALL_SECONDS = 60.0  # for calls that only queue something
 GRACE_SECONDS = 30.0  # in which an actor that has a deadline itself still says that it has missed it
+LOOK_SECONDS = 0.2  # between two looks at who has fallen silent
 PAUSE_SECONDS = 1.0  # before a replacement that failed is tried again, growing with every failure
 
 
@@ -68,6 +69,7 @@ class ActorPool:
         self._spec: EngineSpec | None = None
         self._handles: dict[str, Handle] = {}
         self._lost: dict[str, str] = {}  # name -> why its current incarnation must be replaced
+        self._suspects: set[str] = set()  # silent for a while: nobody waits for them
         self._seen = dict.fromkeys(self.names, 0)  # the incarnation that the caller of `poll` knows of
         self._weights: Any = None  # what was published last, as actors take it, for late joiners
         self._version = 0  # of it
@@ -91,8 +93,9 @@ class ActorPool:
 
     @property
     def well(self) -> tuple[str, ...]:
-        """Actors that are neither lost nor being replaced."""
-        return tuple(name for name in self.names if name in self._handles and name not in self._lost)
+        """Actors that are neither lost nor suspected nor being replaced."""
+        gone = self._lost.keys() | self._suspects
+        return tuple(name for name in self.names if name in self._handles and name not in gone)
 
     # Life ----------------------------------------------------------------------------------------------------------
 
@@ -171,13 +174,27 @@ class ActorPool:
 
     # One actor -----------------------------------------------------------------------------------------------------
 
+    @property
+    def _patience(self) -> float:
+        """Seconds for calls that only queue something: an actor that may still come back is not given up for them."""
+        return max(CALL_SECONDS, self.config.actors.silence_timeout)
+
+    def suspect(self, name: str) -> None:
+        """An actor is silent: until `trust` it gets no weights, and no publish waits for it."""
+        if name not in self._lost:
+            self._suspects.add(name)
+
+    async def trust(self, name: str) -> int:
+        """It has spoken again. It loads the newest weights, whose version this returns. Raises ActorLost."""
+        return await self._load_newest(name, lambda: self._suspects.discard(name))
+
     async def submit(self, name: str, requests: Sequence[GroupRequest]) -> None:
         """Give an actor requests; they enter its engine together. Raises ActorLost."""
-        await self._call(name, "submit", list(requests), timeout=CALL_SECONDS)
+        await self._call(name, "submit", list(requests), timeout=self._patience)
 
     async def abort(self, name: str, ids: Sequence[str]) -> None:
         """Forget these requests; results that were finished already may still arrive. Raises ActorLost."""
-        await self._call(name, "abort", list(ids), timeout=CALL_SECONDS)
+        await self._call(name, "abort", list(ids), timeout=self._patience)
 
     async def poll(self, name: str, timeout: float = 1.0) -> Poll:
         """Finished groups and rejected requests, as soon as there are any or after `timeout` seconds. Raises ActorLost.
@@ -224,6 +241,7 @@ class ActorPool:
     def _lose(self, name: str, handle: Handle | None, reason: str) -> None:
         if handle is not None and self._handles.get(name) is handle and name not in self._lost:
             self._lost[name] = reason
+            self._suspects.discard(name)
             self._mail[name].clear()
             handle.kill()  # a presumed dead actor must not come back
 
@@ -249,7 +267,8 @@ class ActorPool:
                 self._weights, self._version = shared, weights.version
             if (published.loaded or not refused) and not broadcast:
                 for name, reason in published.stale.items():
-                    self._lose(name, self._handles.get(name), reason)
+                    if name not in self._suspects:
+                        self._lose(name, self._handles.get(name), reason)
         if published.loaded or refused or broadcast:
             return published
         await self._revival()
@@ -259,8 +278,14 @@ class ActorPool:
         names = self.well
         if isinstance(shared, Broadcast):
             names = tuple(name for name in names if self._members.get(name) is self._handles[name])
-        outcomes = await asyncio.gather(*(self._load(name, shared, wait) for name in names), return_exceptions=True)
-        return dict(zip(names, outcomes, strict=True))
+        loads = {name: asyncio.ensure_future(self._load(name, shared, wait)) for name in names}
+        while waiting := {name for name, load in loads.items() if not load.done()} - self._suspects:
+            some = [loads[name] for name in waiting]
+            await asyncio.wait(some, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        for load in loads.values():
+            load.cancel()  # of those that fell silent while they loaded
+        outcomes = await asyncio.gather(*loads.values(), return_exceptions=True)
+        return dict(zip(loads, outcomes, strict=True))
 
     def _agree(self, weights: Snapshot | Stored | Broadcast, outcomes: dict[str, Stats | BaseException]) -> Published:
         """Who serves the version. The digest of a Broadcast is known by those who have it: the most common one."""
@@ -273,15 +298,20 @@ class ActorPool:
         loaded = tuple(name for name in outcomes if serving.get(name) == (weights.version, digest))
         others = {n: f"it serves version {serving[n][0]}" if n in serving else str(o) for n, o in outcomes.items()}
         outside = dict.fromkeys(self.well, "it is not in the NCCL group")
-        stale = {n: reason for n, reason in {**outside, **self._lost, **others}.items() if n not in loaded}
+        silent = dict.fromkeys(self._suspects, "it is silent")
+        stale = {n: reason for n, reason in {**outside, **others, **self._lost, **silent}.items() if n not in loaded}
         return Published(weights.version, digest, loaded, stale)
 
     async def _revival(self) -> None:
-        """Until one actor is well again, or no replacement has succeeded."""
-        pending = {self._renewal(name) for name in self._lost}
-        while pending and not self.well:
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for renewal in done:
+        """Until one actor is well again, or no replacement has succeeded and nobody may come back by itself."""
+        tried: dict[str, asyncio.Task[None]] = {}
+        while not self.well:
+            tried = {name: self._renewal(name) for name in self._lost if name not in tried} | tried
+            if not self._suspects and all(renewal.done() for renewal in tried.values()):
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+        for renewal in tried.values():
+            if renewal.done():
                 renewal.exception()  # says nothing new: its actor is still lost
 
     async def _load(self, name: str, shared: Any, wait: bool = False) -> Stats:
@@ -301,20 +331,24 @@ class ActorPool:
     async def _catch_up(self, name: str) -> None:
         """A new incarnation takes the newest weights, if there were any; from then on it counts as well."""
         try:
-            while True:
-                shared, version = await self._newest()
-                async with self._publishing:
-                    if version < self._version:
-                        continue  # a newer version was published meanwhile
-                    if shared is not None:
-                        await self._load(name, shared)
-                    del self._lost[name]
-                    return
+            await self._load_newest(name, lambda: self._lost.pop(name))
         except BaseException as error:
             self._handles[name].kill()
             if isinstance(error, Refused):
                 raise ActorLost(name, self.incarnations[name], f"it joined late and got no weights: {error}") from None
             raise
+
+    async def _load_newest(self, name: str, then: Callable[[], object]) -> int:
+        """Have one actor load the newest weights, if there were any, and do `then` before newer ones can come."""
+        while True:
+            shared, version = await self._newest()
+            async with self._publishing:
+                if version < self._version:
+                    continue  # a newer version was published meanwhile
+                if shared is not None:
+                    await self._load(name, shared)
+                then()
+                return version
 
     async def _newest(self) -> tuple[Any, int]:
         """Weights for a late joiner, and their version. After a Broadcast the learner is asked: the bytes went by.

@@ -52,6 +52,7 @@ class Archive:
         Everything after `offset` is undone. Completions survive it if no token is of a version that the run has yet to
         make. Those that cannot be read are said and sampled again.
         """
+        next(read_ledger(self._path, offset), None)  # raises if the ledger ends before the checkpoint
         known = self._known(step, offset)
         attempt = sum(record["kind"] == "begin" for _, record in read_ledger(self._path))
         self.record([Record("begin", {"attempt": attempt, **facts, "from_step": step, "offset": offset})])

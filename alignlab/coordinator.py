@@ -149,6 +149,7 @@ class Coordinator:
     def _recovered(self, event: e.ActorRecovered) -> None:
         actor = self.fleet.current(event.actor, event.incarnation)
         if actor is not None and actor.health is Health.SUSPECT:
+            actor.version = self.version if event.version is None else event.version
             self.fleet.mark(event.actor, Health.SERVING if actor.version >= self.version else Health.STALE)
             self._record_actor(event.actor)
 
@@ -358,9 +359,13 @@ class Coordinator:
             self._admit_one()
 
     def _admit_one(self) -> None:
-        ordinal, version = self._owed.pop(0) if self._owed else (self.next_ordinal, self.version)
+        """Admit the next group: with the completions found for it, where they are as fresh as new ones would be."""
+        owed = bool(self._owed)
+        ordinal, version = self._owed.pop(0) if owed else (self.next_ordinal, self.version)
         self.next_ordinal = max(self.next_ordinal, ordinal + 1)
         found = self._found.pop(ordinal, None)
+        if found is not None and not owed and found.oldest < self.version:
+            found = None  # then it was admitted earlier than now
         group = self.groups[ordinal] = Entry(version if found else self.version, attempt=self.first_attempt)
         self._pending[State.WAITING] += 1
         self.backlog.enter(ordinal, group.version)

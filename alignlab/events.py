@@ -47,10 +47,11 @@ class ActorSuspected:
 
 @dataclass(frozen=True, slots=True)
 class ActorRecovered:
-    """A suspected one has spoken again."""
+    """A suspected one has spoken again, and serves `version`; None is the newest."""
 
     actor: str
     incarnation: int
+    version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,13 +140,12 @@ class Lab:
         """All parts as they were at the checkpoint, or at the start; the coordinator of the attempt."""
         config, r = self.plan.config, self.plan.config.rollout
         state = checkpoint.state() if checkpoint else {"step": 0, "ledger_offset": 0, **self._first}
-        self.run_dir.forget_after(state["step"])
         free = r.max_staleness > 0 and not r.deterministic
         coordinator = Coordinator(
             prompts=r.prompts,
             steps=config.steps,
             max_staleness=r.max_staleness,
-            window=r.window,
+            window=r.group_age,
             deterministic=r.deterministic,
             max_attempts=r.max_attempts,
             lease_seconds=r.timeout,
@@ -165,8 +164,16 @@ class Lab:
             "reason": reason,
         }
         found = self.archive.begin(facts, state["step"], state["ledger_offset"])
+        self.run_dir.forget_after(state["step"])
         start = {"version": 0, "next_ordinal": 0, "owed": {}, "counts": {}, "tokens": {}}
-        coordinator.load_state_dict(state.get("coordinator", start), found)
+        saved = state.get("coordinator", start)
+        lost = [o for o, version in saved["owed"].items() if version < state["step"] and int(o) not in found]
+        if r.deterministic and lost:
+            self.say(
+                f"groups {', '.join(map(str, lost))} were sampled by versions that are gone, and are sampled anew: "
+                "from here on this run is another one; remove its newest checkpoint to go further back"
+            )
+        coordinator.load_state_dict(saved, found)
         if checkpoint:
             await self.learner.load(checkpoint.path)
         if checkpoint or self._attempts:

@@ -179,6 +179,7 @@ class Run:
                 if not suspected and (not call.done() or stalled > patience):
                     suspected = True
                     self.say(f"{actor} has not answered for {patience:g} s: its groups go to others until it does")
+                    self.actors.suspect(actor)
                     self._tell(e.ActorSuspected(actor, incarnation, f"silent for {patience:g} s"))
                 poll = await call
             finally:
@@ -186,8 +187,9 @@ class Run:
             if stalled > patience and not (poll.groups or poll.failures):
                 continue
             if suspected:
+                version = await self.actors.trust(actor)
                 self.say(f"{actor} answers again")
-                self._tell(e.ActorRecovered(actor, incarnation))
+                self._tell(e.ActorRecovered(actor, incarnation, version))
             return poll
 
     def _take(self, poll: Poll, actor: str, incarnation: int) -> None:
@@ -274,7 +276,7 @@ class Run:
         """Train on a batch, serve the new weights, write down what happened. `step` counts from 0."""
         groups, mixture = [self._groups.pop(ordinal) for ordinal in ordinals], Mixture()
         version, times = step + 1, {"time/wait_groups": time.monotonic() - self._step_ended}
-        metrics = group_metrics(groups, step, self.plan.config.rollout.max_token_age)
+        metrics = group_metrics(groups, step, self.plan.config.rollout.token_age)
         with _timed(times, "time/weigh"), self.watchdog.waiting("weigh"):
             if not self.plan.demonstrations:
                 groups, mixture = await self._weigh(groups, step)

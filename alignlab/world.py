@@ -18,11 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from alignlab import events as e
 from alignlab.coordinator import Coordinator
-from alignlab.states import Phase
 from alignlab.virtual_actor import Job, Switch, VirtualActor
 from alignlab.workload import Wave, Workload
 
@@ -43,13 +42,15 @@ class Step:
 class World:
     """See the module's docstring. `max_token_age`: tokens older than that are masked; None masks none.
 
-    now: seconds of the virtual clock. wall: the same, longer where processes share cores.
+    now: seconds of the virtual clock. wall: the same, longer where processes share cores. heard: is given every record
+    and its time, as a ledger would be.
     """
 
     coordinator: Coordinator
     workload: Workload
     seed: int = 0
     max_token_age: int | None = None
+    heard: Callable[[e.Record, float], None] | None = None
     now: float = 0.0
     wall: float = 0.0
     actors: dict[str, VirtualActor] = field(default_factory=dict)
@@ -126,6 +127,8 @@ class World:
         for action in actions:
             if type(action) is e.Record:
                 self.records += 1
+                if self.heard is not None:
+                    self.heard(action, self.wall)
             else:
                 self._ACTIONS[type(action)](self, action)
         return actions
@@ -301,7 +304,7 @@ class World:
     def _abort(self, action: e.Abort) -> None:
         self.aborted = action.reason
 
-    _ACTIONS = {
+    _ACTIONS: ClassVar = {
         e.Generate: _generate,
         e.Cancel: _cancel,
         e.Replace: _replace,
@@ -311,7 +314,7 @@ class World:
         e.Publish: _publish,
         e.Finish: _finish,
         e.Abort: _abort,
-    }  # noqa: RUF012
+    }
 
 
 @contextmanager

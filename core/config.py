@@ -109,9 +109,9 @@ class RolloutConfig(Section):
     """S: (S + 1) x P groups are under way at once, so generation goes on while the learner works; 0 is on-policy."""
     window: Count | None = None
     """Updates within which a group is trained after its admission: a batch waits for what would be left behind longer.
-    None is S."""
+    None is 10 S: narrower ones wait for the longest completions, wider ones leave them behind for ever."""
     max_token_age: Count | None = None
-    """Tokens whose weights lie more updates behind are left out of the loss, and counted; none leaves out none."""
+    """Tokens whose weights lie more updates behind are left out of the loss, and counted. None is 2 S."""
     deterministic: bool = False
     """Every group is sampled by one version, which depends on its place in the stream alone, and batches are taken in
     order: a run killed anywhere ends with the same parameters. Costs overlap."""
@@ -119,6 +119,22 @@ class RolloutConfig(Section):
     """Seconds a group may take on an actor; then another one gets it."""
     max_attempts: Positive = 3
     """How often a group may be lost with its actor, or run into the timeout, before it is dropped with the reason."""
+
+    @property
+    def group_age(self) -> int:
+        """`window`, where it is not given what it stands for."""
+        return 10 * self.max_staleness if self.window is None else self.window
+
+    @property
+    def token_age(self) -> int:
+        """`max_token_age`, where it is not given what it stands for."""
+        return 2 * self.max_staleness if self.max_token_age is None else self.max_token_age
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutConfig:
+        if self.group_age < self.max_staleness:
+            raise ValueError(f"window {self.window} is less than max_staleness {self.max_staleness}; leave it out")
+        return self
 
 
 class ActorsConfig(Section):

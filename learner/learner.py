@@ -176,7 +176,7 @@ class Learner:
         accuracy, baseline = self.config.rewards.accuracy, self.config.data.baseline_column
         columns = mixture.apart or "components" in self.method.needs
         batch, sequences = collate(groups, self.ranks.device, columns, baseline, accuracy)
-        age = self.config.rollout.max_token_age
+        age = self.config.rollout.token_age
         batch = self._measured(replace(batch, version=version, max_age=age, seed=self._seed("method")), sequences)
         batch, self._memory = remember(self.method, batch, self._memory)
         if "tempered" in self.method.needs:

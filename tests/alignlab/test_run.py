@@ -55,6 +55,12 @@ class FakeActors:
     async def abort(self, name, ids):
         self.engines[name].abort(ids)
 
+    def suspect(self, name):
+        pass
+
+    async def trust(self, name):
+        return None
+
     async def replace(self, name):
         self.incarnations[name] += 1
         self.engines[name] = FakeEngine(EngineSpec(model="", max_model_len=64))

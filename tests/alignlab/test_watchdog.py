@@ -58,13 +58,13 @@ def test_a_blocked_wait_is_named_within_twice_its_deadline_and_its_task_fails(tm
     os.kill(child.pid, signal.SIGSTOP)
     others = {"describe": lambda: "oldest lease: group 7 with actor-0"}
     others["processes"] = lambda: {"actor-0": (child.pid, socket.gethostname(), None), "far": (1, "elsewhere", None)}
-    error = raised(tmp_path, lines, wait, limits=limits(score=0.6), **others)
+    error = raised(tmp_path, lines, wait, limits=limits(score=1.0), **others)
     child.kill()
     child.wait()
-    assert (error.edge, error.about, error.limit) == ("score", "group 7", 0.6) and 0.6 <= error.seconds < 1.2
+    assert (error.edge, error.about, error.limit) == ("score", "group 7", 1.0) and 1.0 <= error.seconds < 2.0
     [(at, line)] = lines
     assert line.startswith("watchdog: blocked on score (group 7): nothing for ") and line.endswith(f"see {error.file}")
-    assert 0.6 <= at - started[0] <= 1.2
+    assert 1.0 <= at - started[0] <= 2.0
     text = (tmp_path / "logs" / "watchdog-1.txt").read_text()
     assert "blocked on score (group 7)" in text and "oldest lease: group 7 with actor-0" in text
     assert re.search(r"^train +[\d.]+ s of 20 s  step 3$", text, re.MULTILINE)
@@ -123,11 +123,11 @@ def test_a_wait_may_bring_its_own_deadline_shorter_than_all(tmp_path):
 
     async def wait(dog):
         started.append(time.monotonic())
-        with dog.waiting("start", "actor-0", seconds=0.3):
+        with dog.waiting("start", "actor-0", seconds=0.8):
             await asyncio.Event().wait()
 
-    assert raised(tmp_path, lines, wait, limits=limits(600.0)).limit == 0.3
-    assert lines[0][0] - started[0] <= 0.6
+    assert raised(tmp_path, lines, wait, limits=limits(600.0)).limit == 0.8
+    assert 0.8 <= lines[0][0] - started[0] <= 1.6
 
 
 def test_a_cancellation_from_elsewhere_stays_one(tmp_path):
@@ -193,13 +193,13 @@ def test_thousands_of_waits_that_end_in_time_raise_no_alarm_and_cost_little(tmp_
     lines = []
 
     async def scenario():
-        with watchdog(tmp_path, lines, limits(0.5)) as dog:
+        with watchdog(tmp_path, lines, limits(1.0, **{LOOP: 20.0})) as dog:
 
             async def one(i):
                 with dog.waiting("generate", "some group"):
                     await asyncio.sleep(0.1)
 
-            for _ in range(8):  # 0.8 s and more: longer than the deadline of each
+            for _ in range(11):  # 1.1 s and more: longer than the deadline of each
                 await asyncio.gather(*(one(i) for i in range(1000)))
             return min(cost(dog) for _ in range(50)), dog.slowest()  # the least: others use the cores as well
 
@@ -284,14 +284,14 @@ def ended(process: subprocess.Popen) -> tuple[int, str, str]:
 
 def test_a_loop_that_is_blocked_by_synchronous_code_is_named_and_ended(tmp_path):
     body = """
-    with watchdog(limits(**{LOOP: 0.6})), open("/dev/null"):
+    with watchdog(limits(**{LOOP: 1.0})), open("/dev/null"):
         await asyncio.sleep(0.1)
         time.sleep(60)
     """
     code, printed, errors = ended(driver(tmp_path, body))
     assert code == 1 and "went on" not in printed
     at, line = printed.strip().split(" ", 1)
-    assert line.startswith("watchdog: blocked on driver loop: nothing for ") and 0.7 <= float(at) <= 0.1 + 2 * 0.6
+    assert line.startswith("watchdog: blocked on driver loop: nothing for ") and 1.1 <= float(at) <= 0.1 + 2 * 1.0
     assert "watchdog: the driver loop is blocked for" in errors and "the process ends (exit code 1)" in errors
     text = (tmp_path / "logs" / "watchdog-1.txt").read_text()
     assert "thread MainThread:" in text and "in main" in text
@@ -350,11 +350,13 @@ def test_a_driver_that_was_stopped_blames_nobody(tmp_path):
     body = """
     with watchdog(limits(1.0)) as dog, dog.waiting("generate"):
         until = time.monotonic() + 3.0
+        print("waiting", flush=True)
         while time.monotonic() < until:  # an actor that runs on while the driver is stopped
             await asyncio.sleep(0.01)
     """
     process = driver(tmp_path, body)
-    time.sleep(0.4)
+    assert process.stdout.readline() == "waiting\n"
+    time.sleep(0.2)
     os.kill(process.pid, signal.SIGSTOP)
     time.sleep(2.4)
     os.kill(process.pid, signal.SIGCONT)
@@ -381,9 +383,10 @@ def test_a_call_that_keeps_the_interpreters_lock_is_named_and_ended_from_outside
 
 
 def test_the_process_outside_does_not_blame_a_driver_that_is_stopped_and_ends_with_it(tmp_path):
-    process = driver(tmp_path, HOPELESS.replace("1.0", "60"))
-    time.sleep(0.3)
+    process = driver(tmp_path, HOPELESS.replace("await", "print('on', flush=True); await asyncio.sleep(60) #"))
+    assert process.stdout.readline() == "on\n"
     [outside] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    time.sleep(0.5)
     os.kill(process.pid, signal.SIGSTOP)
     time.sleep(2.5)
     assert Path(f"/proc/{outside}").exists() and not list(tmp_path.glob("logs/*"))

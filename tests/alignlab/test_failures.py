@@ -1,0 +1,118 @@
+"""A real run - Ray, vLLM, FSDP2 - that loses an actor, has another one freeze and thaw, and loses its learner.
+
+`pytest -s` prints how long each recovery took. Everything is counted again from the files by the audit.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alignlab.audit import audit
+from tests.tiny import tiny_policy
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("failures")
+    tiny_policy(home / "policy")
+    rows = [{"question": f"{a} + {b}?", "answer": str(a + b)} for a in range(8) for b in range(8)]
+    (home / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = {
+        "name": "unkillable",
+        "steps": 100_000,
+        "method": {"row": "grpo", "kl": "none"},
+        "model": {"path": "policy"},
+        "data": {"path": "problems.jsonl", "max_prompt_tokens": 32},
+        "rollout": {"prompts": 4, "group_size": 4, "max_tokens": 24, "max_staleness": 2},
+        "actors": {"count": 2, "kv_cache_gib": 0.1, "max_num_seqs": 32, "suspect_timeout": 2.0},
+        "rewards": {"components": {"tokens": {"per": 24}}},
+        "checkpoint": {"every": 20},
+    }
+    (home / "config.yaml").write_text(yaml.safe_dump(tree))
+    return home
+
+
+class Driver:
+    """`alignlab train`, its lines as they come, and the processes that it has started."""
+
+    def __init__(self, home):
+        self.run = home / "runs" / "unkillable"
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "alignlab.cli", "train", "config.yaml"],
+            cwd=home, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        self.lines = []
+
+    def until(self, pattern):
+        """Read on until a line matches; the match."""
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if found := re.search(pattern, line):
+                return found
+        raise AssertionError(f"no line like {pattern!r}:\n" + "\n".join(self.lines[-40:]))
+
+    def pid(self, log):
+        """The process that writes to this log."""
+        for entry in Path("/proc").glob("[0-9]*/fd/1"):
+            try:
+                if entry.readlink() == self.run / "logs" / log:
+                    return int(entry.parts[2])
+            except OSError:
+                continue
+        raise AssertionError(f"nobody writes {log}")
+
+    def records(self, kind):
+        rows = map(json.loads, (self.run / "ledger.jsonl").read_text().splitlines())
+        return [row for row in rows if row["kind"] == kind]
+
+
+def test_a_run_survives_dead_and_frozen_actors_and_a_dead_learner(home):
+    driver = Driver(home)
+    try:
+        driver.until(r"^step +3/")
+        os.kill(driver.pid("actor-0.0.log"), signal.SIGKILL)
+        lost = driver.until(r"actor-0 serves again, ([\d.]+) s after it was lost")
+
+        frozen, since = driver.pid("actor-1.0.log"), time.monotonic()
+        os.kill(frozen, signal.SIGSTOP)
+        driver.until(r"actor-1 has not answered for 2 s")
+        noticed = time.monotonic() - since
+        steps = [int(driver.until(r"^step +(\d+)/")[1]) for _ in range(2)]
+        assert steps[1] > steps[0], "the run goes on without it"
+        os.kill(frozen, signal.SIGCONT)
+        driver.until(r"actor-1 answers again")
+
+        driver.until(r"^step +\d+/")
+        killed = time.monotonic()
+        os.kill(driver.pid("learner-0.log"), signal.SIGKILL)
+        driver.until(r"the learner starts again from step \d+; the actors keep serving")
+        driver.until(r"^step +\d+/")
+        learner = time.monotonic() - killed
+        os.kill(driver.process.pid, signal.SIGINT)
+        rest, _ = driver.process.communicate(timeout=100)
+        assert driver.process.returncode == 130, "\n".join(driver.lines[-20:]) + rest[-3000:]
+    finally:
+        if driver.process.poll() is None:
+            os.killpg(driver.process.pid, signal.SIGKILL)
+    print(f"\ndead actor: serves again after {lost[1]} s")
+    print(f"frozen actor: its groups went to the other one after {noticed:.1f} s")
+    print(f"dead learner: the next step after {learner:.1f} s, with the same actors")
+
+    found = audit(driver.run)
+    assert found.problems == []
+    refused = driver.records("refused")
+    assert any(row["actor"] == "actor-1" and row["attempt"] == 0 for row in refused), "what came late was not taken"
+    assert [row["reason"] for row in driver.records("begin")] == ["start", "learner lost"]
+    starting = [(row["actor"], row["incarnation"]) for row in driver.records("actor") if row["state"] == "starting"]
+    assert starting == [("actor-0", 1)], "nobody else was started again"
