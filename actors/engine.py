@@ -46,6 +46,7 @@ class EngineSpec:
     threads: int = 1
     weight_transfer: Literal["nccl", "object_store"] = "object_store"
     seed: int = 0
+    deterministic: bool = False  # a completion must not depend on what else is in the batch
 
     @classmethod
     def of(cls, config: RunConfig, device: Device) -> EngineSpec:
@@ -69,6 +70,7 @@ class EngineSpec:
             threads=actors.threads,
             weight_transfer=transfer or actors.weight_transfer,  # type: ignore[arg-type]
             seed=config.seed,
+            deterministic=config.rollout.deterministic,
         )
 
 

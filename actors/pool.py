@@ -1,41 +1,28 @@
-"""All actors of a run: start, route, publish, notice a loss, replace. An asyncio face; no call waits for ever.
+"""All actors of a run: requests and groups, weights, many requests over all. An asyncio face; no call waits for ever.
 
-`ActorPool` knows actors by name ("actor-0", ...). A lost actor keeps its name and gets the next incarnation number.
+`ActorPool` knows actors by name ("actor-0", ...); who they are, and how one comes and goes, is `actors.roster`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from actors.actor import EngineFailed, Failure, Poll, Stats
-from actors.engine import Engine, EngineSpec
-from actors.placement import Gone, Handle, Host, Make, RayHost
+from actors.placement import Gone, Handle
+from actors.roster import ActorLost, Roster
 from actors.routing import Errand
 from actors.weights import Broadcast, Interrupted, Refused, Snapshot, Stored
-from core.config import RunConfig
-from core.errors import UserError
 from core.schema import Group, GroupRequest
 
 CALL_SECONDS = 60.0  # for calls that only queue something
 GRACE_SECONDS = 30.0  # in which an actor that has a deadline itself still says that it has missed it
 LOOK_SECONDS = 0.2  # between two looks at who has fallen silent
-PAUSE_SECONDS = 1.0  # before a replacement that failed is tried again, growing with every failure
-
-
-class ActorLost(Exception):
-    """This incarnation of an actor is gone or presumed dead; nothing it still sends counts."""
-
-    def __init__(self, name: str, incarnation: int, reason: str) -> None:
-        super().__init__(f"{name} (incarnation {incarnation}) was lost: {reason}")
-        self.name, self.incarnation, self.reason = name, incarnation, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +35,7 @@ class Published:
     stale: dict[str, str]
 
 
-class ActorPool:
+class ActorPool(Roster):
     """
     pool = ActorPool(config, log_dir)                      # Ray must be running; host=ThreadHost() needs no Ray
     await pool.start()                                     # UserError if it cannot be placed or does not start
@@ -56,121 +43,23 @@ class ActorPool:
     await pool.submit("actor-0", requests)                 # ActorLost
     poll = await pool.poll("actor-0")                      # ActorLost
     incarnation = await pool.replace("actor-0")            # serves the last published weights
+    name = await pool.join()                               # one more, or None; `pool.names` is who is there
+    await pool.leave("actor-0")                            # for good
     async for group in pool.run(requests): ...             # routing, retries and replacement inside
     await pool.close()
     """
 
-    def __init__(self, config: RunConfig, log_dir: Path, *, host: Host | None = None, make: Make | None = None) -> None:
-        """`host` is where actors live (Ray), `make` builds an engine from an EngineSpec (vLLM)."""
-        self.config, self.log_dir = config, Path(log_dir)
-        self.names = tuple(f"actor-{i}" for i in range(config.actors.count))
-        self.incarnations = dict.fromkeys(self.names, 0)
-        self._host, self._make = host or RayHost(), make or _vllm
-        self._spec: EngineSpec | None = None
-        self._handles: dict[str, Handle] = {}
-        self._lost: dict[str, str] = {}  # name -> why its current incarnation must be replaced
-        self._suspects: set[str] = set()  # silent for a while: nobody waits for them
-        self._seen = dict.fromkeys(self.names, 0)  # the incarnation that the caller of `poll` knows of
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """As a Roster: config, log_dir, and optionally host, make and say."""
+        super().__init__(*arguments, **options)
         self._weights: Any = None  # what was published last, as actors take it, for late joiners
         self._version = 0  # of it
         self.supply: Callable[[], Awaitable[Stored]] | None = None  # for those that join after a Broadcast
         self._members: dict[str, Handle] = {}  # of the learner's NCCL group
-        self._publishing = asyncio.Lock()  # nobody joins with old weights while new ones go out
-        self._renewals: dict[str, asyncio.Task[None]] = {}  # replacements on their way
-        self._polls = {name: asyncio.Lock() for name in self.names}  # one poll at a time
-        self._sequence = dict.fromkeys(self.names, 0)
-        self._mail: dict[str, list[Group | Failure]] = {name: [] for name in self.names}  # polled for somebody else
+        self._polls = defaultdict[str, asyncio.Lock](asyncio.Lock)  # one poll at a time
+        self._inboxes: dict[str, _Inbox] = {}
         self._errands: list[Errand] = []  # the runs in progress
-        self._stats: dict[str, Stats] = {}
         self._meter = _Meter()
-
-    @property
-    def spec(self) -> EngineSpec:
-        """What every engine is like; known once the pool has started."""
-        if self._spec is None:
-            raise RuntimeError("the pool has not been started")
-        return self._spec
-
-    @property
-    def well(self) -> tuple[str, ...]:
-        """Actors that are neither lost nor suspected nor being replaced."""
-        gone = self._lost.keys() | self._suspects
-        return tuple(name for name in self.names if name in self._handles and name not in gone)
-
-    # Life ----------------------------------------------------------------------------------------------------------
-
-    async def start(self) -> None:
-        """Place and start all actors in parallel. Raises UserError that says what did not start and why."""
-        self._spec = EngineSpec.of(self.config, await self._host.place(self.config))
-        outcomes = await asyncio.gather(*(self._launch(name) for name in self.names), return_exceptions=True)
-        failures = {n: o for n, o in zip(self.names, outcomes, strict=True) if isinstance(o, BaseException)}
-        if failures:
-            await self.close()
-            first, *others = failures
-            also = f"\nalso not started: {', '.join(others)} (logs in {self.log_dir})" if others else ""
-            raise UserError(f"{first}: {getattr(failures[first], 'reason', failures[first])}{also}")
-
-    async def _launch(self, name: str) -> None:
-        incarnation, seconds = self.incarnations[name], self.config.actors.start_timeout
-        log = self.log_dir / f"{name}.{incarnation}.log"
-        handle = self._host.start(self.names.index(name), name, incarnation, self._spec, self._make, log)
-        try:
-            stats = await handle.call("ready", seconds, timeout=seconds)
-        except asyncio.CancelledError:
-            handle.kill()
-            raise
-        except Exception as error:
-            handle.kill()
-            reason = f"no sign of life for {seconds:g} s" if isinstance(error, TimeoutError) else str(error)
-            raise ActorLost(name, incarnation, f"it did not start: {reason}{_tail(log)}") from None
-        self._handles[name], self._sequence[name], self._stats[name] = handle, 0, stats
-
-    async def replace(self, name: str) -> int:
-        """A new incarnation in place of a lost or stale one, serving the last published weights; its number.
-
-        Does nothing if the actor is well: a `run` in progress has replaced it. Raises ActorLost if
-        `rollout.max_attempts` new ones have failed and no other actor is well.
-        """
-        await self._renew(name)
-        self._seen[name] = self.incarnations[name]
-        return self._seen[name]
-
-    async def _renew(self, name: str) -> None:
-        """Wait for the one replacement of a lost actor, which goes on even if a caller gives up (a `run` that ends)."""
-        if name in self._lost:
-            await asyncio.shield(self._renewal(name))
-
-    def _renewal(self, name: str) -> asyncio.Task[None]:
-        if name not in self._renewals:
-            self._renewals[name] = asyncio.create_task(self._relaunch(name))
-            self._renewals[name].add_done_callback(lambda _: self._renewals.pop(name))
-        return self._renewals[name]
-
-    async def _relaunch(self, name: str) -> None:
-        """Incarnation after incarnation until one serves: what ails one place must not end a run that others serve."""
-        for attempt in itertools.count(1):
-            self.incarnations[name] += 1
-            try:
-                await self._launch(name)
-                return await self._catch_up(name)
-            except ActorLost as lost:
-                if attempt >= self.config.rollout.max_attempts and not self.well:
-                    self._lost[name] = lost.reason
-                    raise
-            await asyncio.sleep(PAUSE_SECONDS * min(attempt, 60))
-
-    async def close(self) -> None:
-        """End all actors and give their places back; no process stays behind. May be called twice."""
-        renewals = list(self._renewals.values())
-        for renewal in renewals:
-            renewal.cancel()
-        await asyncio.gather(*renewals, return_exceptions=True)
-        handles, self._handles = self._handles, {}
-        closing = (handle.call("close", 5.0, timeout=10.0) for handle in handles.values())
-        await asyncio.gather(*closing, return_exceptions=True)  # what does not close is killed
-        for handle in handles.values():
-            handle.kill()
-        await self._host.close(list(self._stats.values()))
 
     # One actor -----------------------------------------------------------------------------------------------------
 
@@ -202,48 +91,38 @@ class ActorPool:
         Results of a `run` in progress go to that run, not here.
         """
         async with self._polls[name]:
-            if not self._mail[name]:
+            if not self._inbox(name).items:
                 await self._receive(name, timeout)
-            if self._seen[name] != self.incarnations[name] or name in self._lost:
-                raise ActorLost(name, self._seen[name], self._lost.get(name, "it has been replaced"))
-            mail, self._mail[name] = self._mail[name], []
+            self._check(name)
+            if self._seen[name] != self.incarnations[name]:
+                raise ActorLost(name, self._seen[name], "it has been replaced")
+            inbox = self._inbox(name)
+            mail, inbox.items = inbox.items, []
         groups = tuple(item for item in mail if isinstance(item, Group))
         failures = tuple(item for item in mail if isinstance(item, Failure))
-        return Poll(groups, failures, self._stats[name], self._sequence[name])
+        return Poll(groups, failures, self._stats[name], inbox.sequence)
 
     async def _receive(self, name: str, timeout: float) -> None:
-        """Poll once and sort what came: to the errand that asked for it, or into the mail."""
-        handle, silence = self._handles.get(name), self.config.actors.silence_timeout
-        poll = await self._call(name, "poll", timeout, self._sequence[name], timeout=timeout + silence)
-        if handle is not self._handles.get(name):
-            return  # replaced meanwhile: what a lost incarnation says does not count
-        self._sequence[name] = poll.sequence
+        """Poll once and sort what came: to the errand that asked for it, or into the inbox."""
+        inbox, silence = self._inbox(name), self.config.actors.silence_timeout
+        poll = await self._call(name, "poll", timeout, inbox.sequence, timeout=timeout + silence)
+        if inbox.handle is not self._handles.get(name) or name in self._lost:
+            return  # lost meanwhile: what it still says does not count
+        inbox.sequence = poll.sequence
         self._note(poll.stats)
         if poll.stats.stalled_seconds > silence:
-            self._lose(name, handle, f"its engine has been in one step for {poll.stats.stalled_seconds:.0f} s")
+            self._lose(name, inbox.handle, f"its engine has been in one step for {poll.stats.stalled_seconds:.0f} s")
             return
         for item in (*poll.groups, *poll.failures):
             if not any(errand.deliver(name, item) for errand in self._errands):
-                self._mail[name].append(item)
+                inbox.items.append(item)
 
-    async def _call(self, name: str, method: str, *arguments: Any, timeout: float) -> Any:
-        if name in self._lost:
-            raise ActorLost(name, self.incarnations[name], self._lost[name])
-        handle, incarnation = self._handles[name], self.incarnations[name]
-        try:
-            return await handle.call(method, *arguments, timeout=timeout)
-        except (Gone, EngineFailed, TimeoutError) as error:
-            silent = isinstance(error, TimeoutError)
-            reason = f"no answer to {method} in {timeout:g} s" if silent else str(error)
-            self._lose(name, handle, reason)
-            raise ActorLost(name, incarnation, reason) from None
-
-    def _lose(self, name: str, handle: Handle | None, reason: str) -> None:
-        if handle is not None and self._handles.get(name) is handle and name not in self._lost:
-            self._lost[name] = reason
-            self._suspects.discard(name)
-            self._mail[name].clear()
-            handle.kill()  # a presumed dead actor must not come back
+    def _inbox(self, name: str) -> _Inbox:
+        """Of the present incarnation; that of an older one is forgotten with all that it holds."""
+        handle = self._handles.get(name)
+        if name not in self._inboxes or self._inboxes[name].handle is not handle:
+            self._inboxes[name] = _Inbox(handle)
+        return self._inboxes[name]
 
     # Weights -------------------------------------------------------------------------------------------------------
 
@@ -295,11 +174,12 @@ class ActorPool:
             digest = max(digests, key=digests.__getitem__, default="")
         else:
             digest = weights.digest
-        loaded = tuple(name for name in outcomes if serving.get(name) == (weights.version, digest))
+        loaded = tuple(n for n in outcomes if serving.get(n) == (weights.version, digest) and n in self.names)
         others = {n: f"it serves version {serving[n][0]}" if n in serving else str(o) for n, o in outcomes.items()}
         outside = dict.fromkeys(self.well, "it is not in the NCCL group")
         silent = dict.fromkeys(self._suspects, "it is silent")
-        stale = {n: reason for n, reason in {**outside, **others, **self._lost, **silent}.items() if n not in loaded}
+        reasons = {**outside, **others, **self._lost, **silent}
+        stale = {n: reason for n, reason in reasons.items() if n in self.names and n not in loaded}
         return Published(weights.version, digest, loaded, stale)
 
     async def _revival(self) -> None:
@@ -331,7 +211,7 @@ class ActorPool:
     async def _catch_up(self, name: str) -> None:
         """A new incarnation takes the newest weights, if there were any; from then on it counts as well."""
         try:
-            await self._load_newest(name, lambda: self._lost.pop(name))
+            await self._load_newest(name, lambda: self._admit(name))
         except BaseException as error:
             self._handles[name].kill()
             if isinstance(error, Refused):
@@ -340,12 +220,16 @@ class ActorPool:
 
     async def _load_newest(self, name: str, then: Callable[[], object]) -> int:
         """Have one actor load the newest weights, if there were any, and do `then` before newer ones can come."""
+        loaded = None
         while True:
             shared, version = await self._newest()
+            if loaded is None and shared is not None:
+                await self._load(name, shared)  # a publish need not wait for an actor that may hang in its first load
+                loaded = version
             async with self._publishing:
                 if version < self._version:
                     continue  # a newer version was published meanwhile
-                if shared is not None:
+                if shared is not None and loaded != version:
                     await self._load(name, shared)
                 then()
                 return version
@@ -398,23 +282,28 @@ class ActorPool:
         times at most. Raises UserError for a request that no engine can serve, RuntimeError for one that kills them."""
         errand = Errand(requests, self.config.rollout.max_attempts)
         self._errands.append(errand)
-        tasks = [asyncio.create_task(self._serve(name, errand)) for name in self.names]
+        for name in self.names:
+            errand.staff(name, self._serve(name, errand))
         try:
-            async for group in errand.results(tasks):
+            async for group in errand.results():
                 yield group
         finally:
             self._errands.remove(errand)
-            errand.finished = True  # a cancelled wait may swallow the cancellation, so the tasks also look here
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            for name in self.names:
-                with suppress(ActorLost):
-                    await self.abort(name, errand.given_to(name))
+            await errand.dismiss()
+            forget = (self.abort(name, held) for name in self.names if (held := errand.given_to(name)))
+            await asyncio.gather(*forget, return_exceptions=True)  # of an actor that is lost it is forgotten anyway
+
+    async def join(self) -> str | None:
+        """See Roster.join. The new one takes part in the runs in progress."""
+        name = await super().join()
+        if name is not None:
+            for errand in self._errands:
+                errand.staff(name, self._serve(name, errand))
+        return name
 
     async def _serve(self, name: str, errand: Errand) -> None:
-        """Keep one actor busy with an errand until nothing is left of it."""
-        while not errand.finished:
+        """Keep one actor busy with an errand until nothing is left of it, or the actor leaves."""
+        while not errand.finished and name in self.names:
             try:
                 incarnation = self.incarnations[name]
                 requests = errand.take(name, incarnation, 2 * self.config.actors.max_num_seqs, len(self.names))
@@ -423,8 +312,13 @@ class ActorPool:
                 async with self._polls[name]:
                     await self._receive(name, 0.2)
             except ActorLost:
-                errand.give_back(name)
-                await self._renew(name)
+                errand.give_back(name, lost=name in self.names)
+                try:
+                    await self._renew(name)
+                except ActorLost:
+                    if name in self.names:
+                        raise
+        errand.give_back(name, lost=False)
 
     def processes(self) -> dict[str, tuple[int, str, Path]]:
         """(pid, host, log) of every actor's process."""
@@ -438,8 +332,18 @@ class ActorPool:
         return self._meter.read(len(self.names))
 
     def _note(self, stats: Stats) -> None:
-        self._meter.note(self._stats.get(stats.actor), stats)
-        self._stats[stats.actor] = stats
+        if stats.incarnation == self.incarnations.get(stats.actor):
+            self._meter.note(self._stats.get(stats.actor), stats)
+            self._stats[stats.actor] = stats
+
+
+@dataclass
+class _Inbox:
+    """What one incarnation has said to somebody else than who polled."""
+
+    handle: Handle | None
+    sequence: int = 0  # of the last poll
+    items: list[Group | Failure] = field(default_factory=list)
 
 
 class _Meter:
@@ -467,18 +371,3 @@ class _Meter:
 def brief(reason: object) -> str:
     """The last line of a reason, where a traceback says what went wrong."""
     return str(reason).strip().rpartition("\n")[2]
-
-
-def _vllm(spec: EngineSpec) -> Engine:
-    from actors.vllm_engine import make
-
-    return make(spec)
-
-
-def _tail(log: Path, lines: int = 12) -> str:
-    """The end of a log for an error message; nothing if it lies on another machine."""
-    with suppress(OSError):
-        last = log.read_text(errors="replace").strip().splitlines()[-lines:]
-        if last:
-            return f"\nlast lines of {log}:\n  " + "\n  ".join(last)
-    return ""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from dataclasses import replace
+from typing import Any
 
 from actors.actor import Failure
 from core.errors import UserError
@@ -23,6 +24,7 @@ class Errand:
         self._given: dict[str, dict[str, GroupRequest]] = {}  # actor -> id -> request
         self._incarnations: dict[str, int] = {}
         self._results: asyncio.Queue[Group | Exception] = asyncio.Queue()
+        self._crew: dict[str, asyncio.Task[None]] = {}
         ids = {request.id for request in self._pending}
         if len(ids) != self._left:
             raise ValueError(f"{self._left} requests have only {len(ids)} different ids")
@@ -49,10 +51,10 @@ class Errand:
             taken.append(request)
         return taken
 
-    def give_back(self, actor: str) -> None:
-        """The actor was lost: its requests wait again, first in the queue, with one more attempt behind them."""
+    def give_back(self, actor: str, lost: bool = True) -> None:
+        """The requests of an actor wait again, first in the queue; if it was lost, with one more attempt behind them."""
         for request in reversed(list(self._given.pop(actor, {}).values())):
-            attempt = request.attempt + 1
+            attempt = request.attempt + lost
             if attempt >= self._max_attempts:
                 reason = f"request {request.id} was lost with its actor {attempt} times (rollout.max_attempts)"
                 self._results.put_nowait(RuntimeError(f"{reason}; see the actors' logs for why they died"))
@@ -69,16 +71,29 @@ class Errand:
         self._results.put_nowait(result if isinstance(result, Group) else UserError(result.reason))
         return True
 
-    async def results(self, workers: list[asyncio.Task[None]]) -> AsyncIterator[Group]:
-        """Groups in the order of finishing. Raises what made a request or one of the `workers` fail."""
-        for worker in workers:
-            worker.add_done_callback(self._watch)
+    def staff(self, actor: str, work: Coroutine[Any, Any, None]) -> None:
+        """`work` keeps an actor busy with this errand; what it raises ends the errand."""
+        if actor in self._crew and not self._crew[actor].done():
+            work.close()
+            return
+        self._crew[actor] = asyncio.create_task(work)
+        self._crew[actor].add_done_callback(self._watch)
+
+    async def results(self) -> AsyncIterator[Group]:
+        """Groups in the order of finishing. Raises what made a request or one of the crew fail."""
         for _ in range(self._left):
             result = await self._results.get()
             if isinstance(result, Exception):
                 raise result
             yield result
 
-    def _watch(self, worker: asyncio.Task[None]) -> None:
-        if not worker.cancelled() and (error := worker.exception()) is not None:
+    async def dismiss(self) -> None:
+        """Nobody works on it any more."""
+        self.finished = True  # a cancelled wait may swallow the cancellation, so the crew also looks here
+        for task in self._crew.values():
+            task.cancel()
+        await asyncio.gather(*self._crew.values(), return_exceptions=True)
+
+    def _watch(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
             self._results.put_nowait(error if isinstance(error, Exception) else RuntimeError(repr(error)))

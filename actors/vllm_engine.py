@@ -24,6 +24,8 @@ def prepare_environment(spec: EngineSpec) -> None:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     }
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule actors.kv_cache_gib
+    if spec.deterministic and spec.device == "cuda":
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"  # on CPU its kernels are: see tests/actors/test_vllm_engine.py
     if spec.device == "cpu":
         os.environ["OMP_NUM_THREADS"] = str(spec.threads)
         # Left alone, workers of several engines pin themselves to the same first cores.

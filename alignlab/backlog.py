@@ -10,11 +10,12 @@ import heapq
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 
 @dataclass
 class Backlog:
-    """Groups that wait for their batch, scored or not. `prompts` is P.
+    """Groups that wait for their batch, scored or not. `prompts` is P. They enter in the order of their ordinals.
 
     in_order: a batch holds the P first groups of all, and waits until each of them is scored.
     """
@@ -26,6 +27,8 @@ class Backlog:
     _version: dict[int, int] = field(default_factory=dict)  # ordinal -> version, of all that wait
     _count: Counter[int] = field(default_factory=Counter)  # version -> groups that wait
     _ready: dict[int, list[int]] = field(default_factory=dict)  # version -> heap of its scored ordinals
+    _scored: set[int] = field(default_factory=set)  # all of these
+    _awaited: int = -1  # in order: the group that the batch was last found to wait for
 
     def enter(self, ordinal: int, version: int) -> None:
         """A group is admitted under `version`."""
@@ -39,6 +42,7 @@ class Backlog:
     def ready(self, ordinal: int) -> None:
         """A group is scored."""
         heapq.heappush(self._ready.setdefault(self._version[ordinal], []), ordinal)
+        self._scored.add(ordinal)
         self.scored += 1
 
     def take(self, trained: int) -> list[int]:
@@ -48,19 +52,23 @@ class Backlog:
         batch = self._first() if self.in_order else self._oldest(trained)
         for ordinal in batch:
             self.leave(ordinal)
+        self._scored.difference_update(batch)
         self.scored -= len(batch)
         self._count = +self._count
         self._ready = {version: heap for version, heap in self._ready.items() if heap}
         return sorted(batch)
 
     def _first(self) -> list[int]:
-        first = heapq.nsmallest(self.prompts, self._version)
-        if len(first) < self.prompts or not set(first) <= {o for heap in self._ready.values() for o in heap}:
+        if self._awaited in self._version and self._awaited not in self._scored:
             return []
-        for ordinal in first:
-            self._ready[self._version[ordinal]].remove(ordinal)
-        for heap in self._ready.values():
-            heapq.heapify(heap)
+        first = list(islice(self._version, self.prompts))
+        self._awaited = next((ordinal for ordinal in first if ordinal not in self._scored), -1)
+        if self._awaited >= 0 or len(first) < self.prompts:
+            return []
+        taken = set(first)
+        for version, heap in self._ready.items():
+            self._ready[version] = [ordinal for ordinal in heap if ordinal not in taken]
+            heapq.heapify(self._ready[version])
         return first
 
     def _oldest(self, trained: int) -> list[int]:

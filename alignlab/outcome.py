@@ -107,6 +107,7 @@ def page(o: Outcome, h: Handling, max_token_age: int | None) -> str:
     """One run in detail."""
     bound = "no max_token_age" if max_token_age is None else f"older than max_token_age {max_token_age}"
     in_use = sum(o.groups.values())
+    wasted = f"refused {o.refused:.1%}, lost {o.lost:.1%}, dropped {o.dropped:.1%} of all tokens"
     queues = ", ".join(f"{state} {o.groups[state]:.1f} (most {o.most[state]})" for state in STATES)
     lines = [
         ("steps/h", f"{o.steps_per_hour:.1f}", f"{o.steps} steps in {o.seconds:.0f} s"),
@@ -114,7 +115,7 @@ def page(o: Outcome, h: Handling, max_token_age: int | None) -> str:
         ("actors idle", f"{o.actors_idle:.1%}", f"{o.sequences:.1f} sequences at once while at work"),
         ("tokens/s", f"{o.tokens_per_second:.0f}", "of completions that steps were given"),
         ("masked", f"{o.masked:.1%}", bound),
-        ("waste", f"{o.waste:.1%}", f"refused {o.refused:.1%}, lost {o.lost:.1%}, dropped {o.dropped:.1%} of all tokens"),
+        ("waste", f"{o.waste:.1%}", wasted),
         ("slots", f"{in_use:.1f}", f"of {o.slots} in use: {queues}"),
     ]  # fmt: skip
     if o.losses:

@@ -264,6 +264,7 @@ class World:
 
     def _end(self, actor: VirtualActor) -> None:
         actor.advance(self.now, self._switches)
+        actor.stamp += 1  # its alarm is off
         self.alive += self.now - actor.since
         self.busy += actor.busy
         self.decoded += actor.decoded

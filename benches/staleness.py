@@ -57,6 +57,7 @@ class Discard(Coordinator):
                 ready = self.backlog._ready[group.version]
                 ready.remove(ordinal)
                 heapq.heapify(ready)
+                self.backlog._scored.discard(ordinal)
                 self.backlog.scored -= 1
             self._drop(ordinal, "too old")
 

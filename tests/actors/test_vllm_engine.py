@@ -215,6 +215,13 @@ def test_the_same_batch_after_the_same_update_is_bit_equal(engine, model):
     assert runs[0] == runs[1]
 
 
+def test_on_cpu_a_completion_does_not_depend_on_what_else_is_in_the_batch(engine):
+    """What rollout.deterministic stands on: after a failure groups are sampled again in other company."""
+    others = [request(f"other{i}", seeds=range(8), prompt=(*PROMPT[:-1], 10 + i, 3)) for i in range(7)]
+    together, alone = generate(engine, *others, request("g"))["g"], generate(engine, request("g"))["g"]
+    assert together.completions == alone.completions
+
+
 def test_a_request_that_cannot_fit_is_rejected_and_one_that_nobody_wants_is_forgotten(engine):
     with pytest.raises(Rejected, match=r"need 274, but actors\.max_model_len is 256"):
         engine.add(request("long", prompt=PROMPT * 40, max_tokens=34))

@@ -1,0 +1,265 @@
+"""The workload of a real run, from its files: the ledger says when, metrics.jsonl how long, rollouts/ how many tokens.
+
+Where processes share the cores of one machine, all of them are slower while many are at work. Times are therefore
+counted in seconds of work: of those that each would take with a core of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from alignlab.ledger import read_ledger
+from alignlab.outcome import pace
+from alignlab.virtual_actor import Job, VirtualActor
+from alignlab.workload import Recorded, Workload
+from core.config import RunConfig
+from core.errors import UserError
+
+MOST_LEASES = 2000  # of which the speed of the actors is fitted
+Records = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A group on an actor, from the coordinator's word to its result: work seconds, and the lengths in tokens."""
+
+    actor: str
+    start: float
+    end: float
+    lengths: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A real run: the workload that was fitted to it, its pace, and how far the fit is from its groups (seconds)."""
+
+    workload: Workload
+    steps_per_hour: float
+    steps: int
+    actors: int
+    error: float  # root mean square, of the time that a group takes
+
+
+def measure(folder: Path, config: RunConfig, cores: int | None) -> Measured:
+    """Read the longest attempt of a run and fit its workload. Raises UserError if files or steps are missing.
+
+    cores: that all processes of the run shared; None if each had its own.
+    """
+    records = longest_attempt([record for _, record in read_ledger(folder / "ledger.jsonl")])
+    published = [r["time"] for r in records if r["kind"] == "published" and r["version"] > 0]
+    if len(published) < 4:
+        raise UserError(f"{folder}: {len(published)} steps are too few to learn from; let it run for at least 4")
+    metrics = {row["step"]: row for row in _rows(folder / "metrics.jsonl") if "time/step" in row}
+    evals = [row["time/eval"] for row in _rows(folder / "metrics.jsonl") if "time/eval" in row]
+    clock = WorkClock(records, cores)
+    lengths = recorded_lengths(folder)
+    workload = Workload(
+        Recorded([lengths[ordinal] for ordinal in sorted(lengths)]),
+        decode_base=0.0,
+        sequences=config.actors.max_num_seqs,
+        scorers=config.rewards.workers,
+        checkpoint_every=config.checkpoint.every,
+        checkpoint_seconds=_median(row["time/checkpoint"] for row in metrics.values() if "time/checkpoint" in row),
+        eval_every=config.eval.every,
+        eval_seconds=_median(evals),
+        publish_seconds=_median(row["time/publish"] for row in metrics.values()),
+        drop_share=_drop_share(records),
+        cores=cores,
+    )
+    workload = replace(workload, **training(records, clock), close_seconds=closing(records, metrics, config))
+    workload = replace(workload, score_seconds=scoring(records, clock, workload.scorers))
+    held = leases(records, clock, lengths)
+    speed, error = decoding(held, workload.sequences)
+    actors = len({lease.actor for lease in held})
+    return Measured(replace(workload, **speed), pace(published), len(published), actors, error)
+
+
+def longest_attempt(records: Records) -> Records:
+    """The attempt that has published most: what follows one `begin`, up to the next."""
+    starts = [i for i, record in enumerate(records) if record["kind"] == "begin"]
+    attempts = [records[a:b] for a, b in zip(starts, [*starts[1:], len(records)], strict=True)]
+    return max(attempts, key=lambda attempt: sum(r["kind"] == "published" for r in attempt), default=[])
+
+
+class WorkClock:
+    """Seconds of work at a moment of the ledger: slower than the clock while more processes work than there are cores.
+
+    An actor works while it holds a group, the learner from `batched` to `published`.
+    """
+
+    def __init__(self, records: Records, cores: int | None) -> None:
+        held: dict[str, int] = {}
+        learner = False
+        self._times, self._work = [0.0], [0.0]
+        working = 0
+        for record in records:
+            speed = 1.0 if cores is None else min(1.0, cores / max(working, 1))
+            time = max(record["time"], self._times[-1])
+            self._work.append(self._work[-1] + (time - self._times[-1]) * speed)
+            self._times.append(time)
+            match record["kind"]:
+                case "leased":
+                    held[record["actor"]] = held.get(record["actor"], 0) + 1
+                case "done" | "returned":
+                    held[record["actor"]] = held.get(record["actor"], 0) - 1
+                case "batched":
+                    learner = True
+                case "published":
+                    learner = False
+            working = learner + sum(count > 0 for count in held.values())
+
+    def __call__(self, time: float) -> float:
+        """Only differences mean something."""
+        i = bisect_right(self._times, time) - 1
+        if i + 1 >= len(self._times):
+            return self._work[i] + time - self._times[i]
+        share = (time - self._times[i]) / max(self._times[i + 1] - self._times[i], 1e-9)
+        return self._work[i] + share * (self._work[i + 1] - self._work[i])
+
+
+def recorded_lengths(folder: Path) -> dict[int, list[int]]:
+    """Ordinal -> tokens of each completion, of all groups that were trained. Raises UserError without any."""
+    lengths: dict[int, list[int]] = {}
+    for path in sorted((folder / "rollouts").glob("step-*.jsonl")):
+        for row in _rows(path):
+            lengths.setdefault(row["ordinal"], []).append(row["tokens"])
+    if not lengths:
+        raise UserError(f"{folder}/rollouts: no completions are there; name a run that has done a few steps")
+    return lengths
+
+
+def training(records: Records, clock: WorkClock) -> dict[str, float]:
+    """train_seconds and train_token_seconds: a line through the steps, the first one (compilation) left out."""
+    begun = {r["step"]: clock(r["time"]) for r in records if r["kind"] == "batched"}
+    steps = [r for r in records if r["kind"] == "trained" and r["step"] in begun][1:]
+    seconds = np.array([clock(r["time"]) - begun[r["step"]] for r in steps])
+    tokens = np.array([r["tokens"] for r in steps], dtype=float)
+    fixed, each = _line(tokens, seconds)
+    return {"train_seconds": fixed, "train_token_seconds": each}
+
+
+def closing(records: Records, metrics: Mapping[int, Mapping[str, float]], config: RunConfig) -> float:
+    """Seconds from a publication to the end of its step, where neither checkpoint nor evaluation falls into them.
+
+    What is left between a publication and the next batch once the learner's wait for groups is taken off.
+    """
+    published = {r["version"]: r["time"] for r in records if r["kind"] == "published"}
+    every = [n for n in (config.checkpoint.every, config.eval.every) if n]
+    rest = []
+    for record in records:
+        version = record.get("step", -1)
+        if record["kind"] != "batched" or version not in published or version + 1 not in metrics or version == 0:
+            continue
+        if not any(version % n == 0 for n in every):
+            rest.append(record["time"] - published[version] - metrics[version + 1]["time/wait_groups"])
+    return max(_median(rest), 0.0)
+
+
+def scoring(records: Records, clock: WorkClock, scorers: int) -> float:
+    """Seconds of a group at a scorer, the wait for a free one taken off."""
+    arrived = {r["group"]: clock(r["time"]) for r in records if r["kind"] == "done"}
+    scored = [
+        (clock(r["time"]), arrived[r["group"]]) for r in records if r["kind"] == "scored" and r["group"] in arrived
+    ]
+    before = [-math.inf] * scorers + [end for end, _ in scored]
+    return max(_median(end - max(start, free) for (end, start), free in zip(scored, before, strict=False)), 0.0)
+
+
+def leases(records: Records, clock: WorkClock, lengths: Mapping[int, Sequence[int]]) -> list[Lease]:
+    """The first leases that ended with a result; a group without rollouts (a filter's) counts as equally long ones."""
+    begun: dict[tuple[int, int], float] = {}
+    found = []
+    size = len(next(iter(lengths.values())))
+    for record in records:
+        if record["kind"] == "leased":
+            begun[record["group"], record["attempt"]] = clock(record["time"])
+        elif record["kind"] == "done" and (start := begun.get((record["group"], record["attempt"]))) is not None:
+            group = lengths.get(record["group"], [max(record["tokens"] // size, 1)] * size)
+            found.append(Lease(record["actor"], start, clock(record["time"]), group))
+    return found[:MOST_LEASES]
+
+
+def decoding(held: Sequence[Lease], sequences: int) -> tuple[dict[str, float], float]:
+    """lease_seconds, decode_base and decode_each that bring virtual actors closest to these leases; the error left.
+
+    Gauss-Newton on the moments at which groups are done. A fourth number, a pause before the first decode step of all,
+    takes up what engines compile then, and is thrown away.
+    """
+    ends = np.array([lease.end for lease in held])
+    base = median((lease.end - lease.start) / max(lease.lengths) for lease in held)
+    guess = np.array([0.0, base / 2, base / 2 / max(min(sequences, 16), 1), 0.0])
+    best, error = guess, math.inf
+    for _ in range(12):
+        residual = _replay(held, sequences, guess) - ends
+        if (now := float(np.sqrt(np.mean(residual**2)))) >= error - 1e-6:
+            break
+        best, error = guess, now
+        moves = np.diag(np.maximum(np.abs(guess) * 0.02, (1e-3, 1e-5, 1e-7, 1e-3)))
+        slopes = [(_replay(held, sequences, guess + move) - ends - residual) / move.sum() for move in moves]
+        change = np.linalg.lstsq(np.array(slopes).T, -residual, rcond=None)[0]
+        guess = np.maximum(guess + change, (0.0, 1e-6, 0.0, 0.0))
+    names = ("lease_seconds", "decode_base", "decode_each")
+    return dict(zip(names, map(float, best), strict=False)), error
+
+
+def _replay(held: Sequence[Lease], sequences: int, numbers: np.ndarray) -> np.ndarray:
+    """When virtual actors would have had each lease done. numbers: as in `decoding`."""
+    latency, base, each, pause = map(float, numbers)
+    ends = np.zeros(len(held))
+    for name in {lease.actor for lease in held}:
+        starts = [(lease.start + latency, i) for i, lease in enumerate(held) if lease.actor == name]
+        first = min(starts)[0] + pause
+        mine = sorted((max(start, first), i) for start, i in starts)
+        actor = VirtualActor(name, 0, base, each, sequences, since=first, version=0, seen=0, time=first)
+        for start, at in itertools.groupby(mine, lambda item: item[0]):
+            _decode(actor, start, ends)
+            for _, i in at:
+                actor.add(Job(i, 0, len(held[i].lengths)), held[i].lengths)
+        _decode(actor, math.inf, ends)
+    return ends
+
+
+def _decode(actor: VirtualActor, until: float, ends: np.ndarray) -> None:
+    while (alarm := actor.alarm(())) is not None and alarm <= until:
+        for job in actor.advance(alarm, ()):
+            ends[job.ordinal] = alarm
+    if until < math.inf:
+        for job in actor.advance(until, ()):
+            ends[job.ordinal] = until
+
+
+def _drop_share(records: Records) -> float:
+    dropped = sum(r["kind"] == "dropped" and not r["reason"].startswith(("failed", "retries")) for r in records)
+    return dropped / max(sum(r["kind"] == "scored" for r in records), 1)
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """(offset, slope) of the least squares, neither below 0."""
+    slope, offset = np.polyfit(x, y, 1) if len(set(x)) > 1 else (0.0, float(y.mean()))
+    if slope < 0:
+        return float(y.mean()), 0.0
+    if offset < 0:
+        return 0.0, float((x @ y) / (x @ x))
+    return float(offset), float(slope)
+
+
+def _median(numbers: Iterable[float]) -> float:
+    found = list(numbers)
+    return float(median(found)) if found else 0.0
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); it is written by `alignlab train`") from None
