@@ -52,7 +52,7 @@ class Errand:
         return taken
 
     def give_back(self, actor: str, lost: bool = True) -> None:
-        """The requests of an actor wait again, first in the queue; if it was lost, with one more attempt behind them."""
+        """An actor's requests wait again, first in the queue; if it was lost, with one more attempt behind them."""
         for request in reversed(list(self._given.pop(actor, {}).values())):
             attempt = request.attempt + lost
             if attempt >= self._max_attempts:

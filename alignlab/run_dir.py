@@ -19,8 +19,8 @@ runs/<name>/config.yaml        the resolved config; `alignlab train` runs it aga
 
 from __future__ import annotations
 
-import hashlib
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -38,7 +38,7 @@ from typing import Any
 from alignlab.plan import absolute
 from alignlab.run_files import leaves
 from core.config import RunConfig
-from core.errors import UserError, first_line
+from core.errors import UserError, first_line, nearest
 from core.loading import dump_config, load_config
 
 

@@ -63,6 +63,7 @@ class Sentinel:
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
+        self._pipe = -1  # a beat that comes after this must not go to whatever gets the number
         self._process.stdin.close()
         try:
             self._process.wait(timeout=5)

@@ -20,12 +20,12 @@ import numpy as np
 
 from alignlab.ledger import read_ledger
 from alignlab.outcome import pace
-from alignlab.virtual_actor import Job, VirtualActor
+from alignlab.virtual_actor import Job, Switch, VirtualActor
 from alignlab.workload import Recorded, Workload
 from core.config import RunConfig
 from core.errors import UserError
 
-MOST_LEASES = 2000  # of which the speed of the actors is fitted
+MOST_LEASES = 1000  # of which the speed of the actors is fitted
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -79,7 +79,7 @@ def measure(folder: Path, config: RunConfig, cores: int | None) -> Measured:
     workload = replace(workload, **training(records, clock), close_seconds=closing(records, metrics, config))
     workload = replace(workload, score_seconds=scoring(records, clock, workload.scorers))
     held = leases(records, clock, lengths)
-    speed, error = decoding(held, workload.sequences)
+    speed, error = decoding(held, workload.sequences, loading(records, clock, metrics))
     actors = len({lease.actor for lease in held})
     return Measured(replace(workload, **speed), pace(published), len(published), actors, error)
 
@@ -176,43 +176,55 @@ def scoring(records: Records, clock: WorkClock, scorers: int) -> float:
 
 
 def leases(records: Records, clock: WorkClock, lengths: Mapping[int, Sequence[int]]) -> list[Lease]:
-    """The first leases that ended with a result; a group without rollouts (a filter's) counts as equally long ones."""
-    begun: dict[tuple[int, int], float] = {}
-    found = []
+    """The first leases that ended with a result, in the order in which they were given.
+
+    A group that left no rollouts (a filter's) counts as completions of equal length.
+    """
+    ended = {(r["group"], r["attempt"]): r for r in records if r["kind"] == "done"}
     size = len(next(iter(lengths.values())))
+    found = []
     for record in records:
-        if record["kind"] == "leased":
-            begun[record["group"], record["attempt"]] = clock(record["time"])
-        elif record["kind"] == "done" and (start := begun.get((record["group"], record["attempt"]))) is not None:
-            group = lengths.get(record["group"], [max(record["tokens"] // size, 1)] * size)
-            found.append(Lease(record["actor"], start, clock(record["time"]), group))
+        done = ended.get((record["group"], record["attempt"])) if record["kind"] == "leased" else None
+        if done is not None:
+            group = lengths.get(done["group"], [max(done["tokens"] // size, 1)] * size)
+            found.append(Lease(record["actor"], clock(record["time"]), clock(done["time"]), group))
     return found[:MOST_LEASES]
 
 
-def decoding(held: Sequence[Lease], sequences: int) -> tuple[dict[str, float], float]:
+def loading(records: Records, clock: WorkClock, metrics: Mapping[int, Mapping[str, float]]) -> list[Switch]:
+    """When the actors stood still for new weights."""
+    ends = [(r["time"], r["version"]) for r in records if r["kind"] == "published" and r["version"] in metrics]
+    return [Switch(clock(end - metrics[version]["time/publish"]), clock(end), version) for end, version in ends]
+
+
+def decoding(held: Sequence[Lease], sequences: int, switches: Sequence[Switch]) -> tuple[dict[str, float], float]:
     """lease_seconds, decode_base and decode_each that bring virtual actors closest to these leases; the error left.
 
     Gauss-Newton on the moments at which groups are done. A fourth number, a pause before the first decode step of all,
     takes up what engines compile then, and is thrown away.
     """
     ends = np.array([lease.end for lease in held])
-    base = median((lease.end - lease.start) / max(lease.lengths) for lease in held)
-    guess = np.array([0.0, base / 2, base / 2 / max(min(sequences, 16), 1), 0.0])
-    best, error = guess, math.inf
-    for _ in range(12):
-        residual = _replay(held, sequences, guess) - ends
-        if (now := float(np.sqrt(np.mean(residual**2)))) >= error - 1e-6:
-            break
-        best, error = guess, now
-        moves = np.diag(np.maximum(np.abs(guess) * 0.02, (1e-3, 1e-5, 1e-7, 1e-3)))
-        slopes = [(_replay(held, sequences, guess + move) - ends - residual) / move.sum() for move in moves]
-        change = np.linalg.lstsq(np.array(slopes).T, -residual, rcond=None)[0]
-        guess = np.maximum(guess + change, (0.0, 1e-6, 0.0, 0.0))
+    low = np.array([0.0, 1e-6, 0.0, 0.0])
+
+    def late(numbers: np.ndarray) -> np.ndarray:
+        return _replay(held, sequences, switches, numbers) - ends
+
+    step = median((lease.end - lease.start) / max(lease.lengths) for lease in held)
+    found = np.array([0.0, step / 2, step / 2 / min(sequences, 16), 0.0])
+    best, error, now = found, math.inf, late(found)
+    for _ in range(24):  # a step may be one for the worse: the order in which sequences find room jumps
+        if _size(now) < error:
+            best, error = found, _size(now)
+        moves = np.diag(np.maximum(np.abs(found) * 1e-3, (1e-4, 1e-6, 1e-8, 1e-4)))
+        slopes = np.array([(late(found + move) - now) / move.sum() for move in moves])
+        change = np.linalg.lstsq(slopes.T, -now, rcond=None)[0]
+        tried = [np.maximum(found + share * change, low) for share in (1.0, 0.3)]
+        now, found = min(((late(numbers), numbers) for numbers in tried), key=lambda pair: _size(pair[0]))
     names = ("lease_seconds", "decode_base", "decode_each")
     return dict(zip(names, map(float, best), strict=False)), error
 
 
-def _replay(held: Sequence[Lease], sequences: int, numbers: np.ndarray) -> np.ndarray:
+def _replay(held: Sequence[Lease], sequences: int, switches: Sequence[Switch], numbers: np.ndarray) -> np.ndarray:
     """When virtual actors would have had each lease done. numbers: as in `decoding`."""
     latency, base, each, pause = map(float, numbers)
     ends = np.zeros(len(held))
@@ -222,19 +234,19 @@ def _replay(held: Sequence[Lease], sequences: int, numbers: np.ndarray) -> np.nd
         mine = sorted((max(start, first), i) for start, i in starts)
         actor = VirtualActor(name, 0, base, each, sequences, since=first, version=0, seen=0, time=first)
         for start, at in itertools.groupby(mine, lambda item: item[0]):
-            _decode(actor, start, ends)
+            _decode(actor, start, switches, ends)
             for _, i in at:
                 actor.add(Job(i, 0, len(held[i].lengths)), held[i].lengths)
-        _decode(actor, math.inf, ends)
+        _decode(actor, math.inf, switches, ends)
     return ends
 
 
-def _decode(actor: VirtualActor, until: float, ends: np.ndarray) -> None:
-    while (alarm := actor.alarm(())) is not None and alarm <= until:
-        for job in actor.advance(alarm, ()):
+def _decode(actor: VirtualActor, until: float, switches: Sequence[Switch], ends: np.ndarray) -> None:
+    while (alarm := actor.alarm(switches)) is not None and alarm <= until:
+        for job in actor.advance(alarm, switches):
             ends[job.ordinal] = alarm
     if until < math.inf:
-        for job in actor.advance(until, ()):
+        for job in actor.advance(until, switches):
             ends[job.ordinal] = until
 
 
@@ -251,6 +263,11 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     if offset < 0:
         return 0.0, float((x @ y) / (x @ x))
     return float(offset), float(slope)
+
+
+def _size(errors: np.ndarray) -> float:
+    """Root mean square."""
+    return float(np.sqrt(np.mean(errors**2)))
 
 
 def _median(numbers: Iterable[float]) -> float:

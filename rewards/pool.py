@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 import time
 from collections import deque
@@ -59,6 +60,7 @@ class ModelPool:
         self._place: Any = None
         self._device = "cpu"
         self._problem: Exception | None = None
+        self._where: dict[int, tuple[int, str]] = {}  # (pid, host) of each process
 
     async def start(self) -> None:
         """Reserve the place, load the models. Raises UserError for what the user can mend."""
@@ -67,7 +69,7 @@ class ModelPool:
         await self._reserve()
         processes = [self._launch(index) for index in range(self.options.count)]
         try:
-            await asyncio.gather(*(self._loaded(process) for process in processes))
+            await asyncio.gather(*(self._loaded(index, process) for index, process in enumerate(processes)))
         except BaseException:
             for process in processes:
                 _kill(process)
@@ -83,6 +85,10 @@ class ModelPool:
             self._waiting.append(job)
             self._wake.notify()
         return await job.done
+
+    def processes(self) -> dict[str, tuple[int, str, Path]]:
+        """(pid, host, log) of every process that is up."""
+        return {f"reward-models-{i}": (*where, self._log(i)) for i, where in self._where.items()}
 
     async def close(self) -> None:
         """End the processes and give their place back."""
@@ -147,7 +153,7 @@ class ModelPool:
         for _ in range(ATTEMPTS):
             process = self._launch(index)
             try:
-                await self._loaded(process)
+                await self._loaded(index, process)
                 return process
             except Exception as error:
                 _kill(process)
@@ -180,6 +186,9 @@ class ModelPool:
                 "threads, or give the cluster more"
             ) from None
 
+    def _log(self, index: int) -> Path:
+        return self.logs.resolve() / f"reward-models-{index}.log"
+
     def _launch(self, index: int) -> Any:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -192,11 +201,11 @@ class ModelPool:
             scheduling_strategy=place,
             max_restarts=0,
         )
-        log = self.logs.resolve() / f"reward-models-{index}.log"
-        return remote.remote(str(log), self.components, self.options.threads)
+        return remote.remote(str(self._log(index)), self.components, self.options.threads)
 
-    async def _loaded(self, process: Any) -> None:
+    async def _loaded(self, index: int, process: Any) -> None:
         try:
+            self._where[index] = await patience.within(_answer(process.where.remote()), self.options.start_timeout)
             problem = await patience.within(_answer(process.load.remote()), self.options.start_timeout)
         except TimeoutError:
             raise UserError(
@@ -220,6 +229,9 @@ class _Process:
 
         torch.set_num_threads(threads)
         self.components, self.rewards = components, dict[str, Reward]()
+
+    def where(self) -> tuple[int, str]:
+        return os.getpid(), socket.gethostname()
 
     def load(self) -> str:
         """Empty once all models are there, else which component has none, and why."""

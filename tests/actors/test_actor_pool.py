@@ -234,7 +234,7 @@ def try_twice(pool) -> None:
 
 
 def test_a_place_where_replacements_fail_does_not_end_a_run_that_another_actor_serves(tmp_path, monkeypatch):
-    monkeypatch.setattr("actors.pool.PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("actors.roster.PAUSE_SECONDS", 0.01)
     starts = []
 
     def make(spec):
@@ -255,7 +255,7 @@ def test_a_place_where_replacements_fail_does_not_end_a_run_that_another_actor_s
 
 
 def test_an_actor_that_cannot_be_replaced_is_given_up_when_no_other_is_well(tmp_path, monkeypatch):
-    monkeypatch.setattr("actors.pool.PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("actors.roster.PAUSE_SECONDS", 0.01)
     starts = []
 
     def make(spec):

@@ -142,7 +142,7 @@ def test_whatever_happens_every_step_trains_its_groups_once(
     world = World(coordinator, seed, actors, loss, drop, fail).run()
     assert world.finished and coordinator.version == steps
     assert len(world.trained) == len(set(world.trained)) == steps * prompts
-    assert 0 <= min(world.ages) and max(world.ages) <= coordinator.window
+    assert min(world.ages) >= 0 and max(world.ages) <= coordinator.window
     # Dropped groups apart, the prompts trained are exactly the first ones of the stream.
     if not drop and not fail:
         assert sorted(world.trained) == list(range(steps * prompts))
@@ -190,7 +190,9 @@ def test_a_resumed_run_trains_the_rest_once(seed, staleness, events, found):
     # A checkpoint is written when a step has been trained; a crash later undoes what followed it.
     state = first.state_dict()
     second = Coordinator(3, 4, staleness)
-    sampled = {o: Sampled("x", g.tokens, g.version, g.version) for o, g in first.groups.items() if g.tokens} if found else {}
+    sampled = (
+        {o: Sampled("x", g.tokens, g.version, g.version) for o, g in first.groups.items() if g.tokens} if found else {}
+    )
     second.load_state_dict(state, sampled)
     rest = World(second, seed + 1)
     rest.sampled = dict(world.sampled)

@@ -208,8 +208,8 @@ def kill_everything(run):
     psutil.wait_procs(family, timeout=30)
 
 
-def test_overlapped_runs_stay_within_their_staleness(home):
-    train(home, config(home, "overlapped", steps=4, rollout__max_staleness=1, actors__count=2))
+def test_overlapped_runs_stay_within_their_window(home):
+    train(home, config(home, "overlapped", steps=4, rollout__max_staleness=1, rollout__window=1, actors__count=2))
     steps = [row for row in rows(home / "runs" / "overlapped" / "metrics.jsonl") if "reward/total" in row]
     assert len(steps) == 4 and max(row["rollout/staleness_max"] for row in steps) <= 1
     ordinals = [

@@ -14,7 +14,7 @@ from alignlab.archive import Archive
 from alignlab.coordinator import Coordinator
 from alignlab.metrics import MetricsWriter, overview, step_line
 from alignlab.plan import Plan
-from alignlab.run import Run, RunAborted
+from alignlab.run import Run
 from alignlab.run_dir import RunDir
 from alignlab.warnings import warnings
 from alignlab.watchdog import EDGES, LOOP, Watchdog

@@ -58,13 +58,13 @@ def test_a_blocked_wait_is_named_within_twice_its_deadline_and_its_task_fails(tm
     os.kill(child.pid, signal.SIGSTOP)
     others = {"describe": lambda: "oldest lease: group 7 with actor-0"}
     others["processes"] = lambda: {"actor-0": (child.pid, socket.gethostname(), None), "far": (1, "elsewhere", None)}
-    error = raised(tmp_path, lines, wait, limits=limits(score=1.0), **others)
+    error = raised(tmp_path, lines, wait, limits=limits(score=1.5), **others)
     child.kill()
     child.wait()
-    assert (error.edge, error.about, error.limit) == ("score", "group 7", 1.0) and 1.0 <= error.seconds < 2.0
+    assert (error.edge, error.about, error.limit) == ("score", "group 7", 1.5) and 1.5 <= error.seconds < 3.0
     [(at, line)] = lines
     assert line.startswith("watchdog: blocked on score (group 7): nothing for ") and line.endswith(f"see {error.file}")
-    assert 1.0 <= at - started[0] <= 2.0
+    assert 1.5 <= at - started[0] <= 3.0
     text = (tmp_path / "logs" / "watchdog-1.txt").read_text()
     assert "blocked on score (group 7)" in text and "oldest lease: group 7 with actor-0" in text
     assert re.search(r"^train +[\d.]+ s of 20 s  step 3$", text, re.MULTILINE)
