@@ -197,6 +197,7 @@ class ActorPool(Roster):
     async def _load(self, name: str, shared: Any, wait: bool = False) -> Stats:
         """Have one actor load weights. Raises ActorLost, weights.Refused or weights.Interrupted."""
         seconds, handle = self.config.actors.publish_timeout, self._handles[name]
+        incarnation, joins = self.incarnations[name], name in self._lost
         if isinstance(shared, Broadcast):
             seconds = shared.seconds + GRACE_SECONDS
         try:
@@ -204,7 +205,9 @@ class ActorPool(Roster):
         except (Gone, EngineFailed, TimeoutError) as error:
             reason = f"no new weights in {seconds:g} s" if isinstance(error, TimeoutError) else str(error)
             self._lose(name, handle, reason)
-            raise ActorLost(name, self.incarnations[name], reason) from None
+            raise ActorLost(name, incarnation, reason) from None
+        if self._handles.get(name) is not handle or (name in self._lost and not joins):
+            raise ActorLost(name, incarnation, self._lost.get(name, "it has been replaced"))
         self._note(stats)
         return stats
 

@@ -129,6 +129,8 @@ class _ProcessHandle:
                 self._hand_on(*pickle.loads(await reader.readexactly(size)))
         except (asyncio.IncompleteReadError, OSError):
             pass  # it has ended
+        except Exception as error:
+            self._gone = f"its answer cannot be read: {error!r}"
         finally:
             self.kill()  # with all that it has started
             await self._reap()
@@ -151,7 +153,7 @@ class _ProcessHandle:
             await asyncio.sleep(0.01)
         code = self._process.returncode
         how = "it does not die" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
-        self._gone = f"its process ended: {how}"
+        self._gone = self._gone or f"its process ended: {how}"
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_exception(Gone(self._gone))

@@ -157,7 +157,7 @@ class MetricsWriter:
         self._board.close()
 
 
-def group_metrics(groups: Sequence[Group], version: int, max_token_age: int) -> dict[str, float]:
+def group_metrics(groups: Sequence[Group], version: int, max_token_age: int | None = None) -> dict[str, float]:
     """What a step's groups say by themselves. `version`: that of the weights before the step.
 
     Tokens older than `max_token_age` are not trained on.
@@ -165,7 +165,8 @@ def group_metrics(groups: Sequence[Group], version: int, max_token_age: int) -> 
     completions = [completion for group in groups for completion in group.completions]
     lengths = [len(completion.token_ids) for completion in completions]
     staleness = [completion.staleness(version) for completion in completions]
-    masked = sum(version - token > max_token_age for completion in completions for token in completion.versions)
+    oldest = -math.inf if max_token_age is None else version - max_token_age
+    masked = sum(token < oldest for completion in completions for token in completion.versions)
     return {
         "completion/length_mean": sum(lengths) / len(lengths),
         "completion/length_max": max(lengths),

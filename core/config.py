@@ -126,9 +126,9 @@ class RolloutConfig(Section):
         return 10 * self.max_staleness if self.window is None else self.window
 
     @property
-    def token_age(self) -> int:
-        """`max_token_age`, where it is not given what it stands for."""
-        return 2 * self.max_staleness if self.max_token_age is None else self.max_token_age
+    def token_age(self) -> int | None:
+        """`max_token_age`, where it is not given what it stands for: on-policy no token is old."""
+        return (2 * self.max_staleness or None) if self.max_token_age is None else self.max_token_age
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:

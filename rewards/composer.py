@@ -24,6 +24,7 @@ import numpy as np
 from core.config import RewardsConfig
 from core.errors import UserError
 from core.schema import Group, Mixture
+from core.stacks import Process
 from rewards.columns import Columns, Table, group_index, per_group
 from rewards.components import check_components, objectives
 from rewards.constrained import KL, Lagrange
@@ -226,8 +227,8 @@ class Composer:
         if self.search is not None:
             self.search.load_state_dict(state["search"])
 
-    def processes(self) -> dict[str, tuple[int, str, None]]:
-        """See `rewards.workers.Workers.processes`."""
+    def processes(self) -> Mapping[str, Process]:
+        """(pid, host, log) of every process that scores, by name."""
         return self._scoring.processes()
 
     async def close(self) -> None:

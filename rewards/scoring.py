@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from core.config import RewardsConfig
 from core.schema import Group, Score
+from core.stacks import Process
 from rewards.components import Component
 from rewards.reward import Reward, Samples, Scores
 from rewards.workers import RewardFailure, Scored, Workers
@@ -26,6 +27,9 @@ class Scorer(Protocol):
 
     async def score(self, component: str, samples: Samples, batch: bool) -> list[Scored]:
         """Every completion of `samples` under `component`, in order."""
+
+    def processes(self) -> Mapping[str, Process]:
+        """(pid, host, log) of each process that is up, by name."""
 
 
 class Scoring:
@@ -108,9 +112,9 @@ class Scoring:
             self._references[key] = tuple(s.value if isinstance(s, Score) else math.nan for s in scores)
         return self._references[key]
 
-    def processes(self) -> dict[str, tuple[int, str, None]]:
-        """See `Workers.processes`."""
-        return self._workers.processes()
+    def processes(self) -> Mapping[str, Process]:
+        """Of every scoring process and every process with models: see `Workers.processes`."""
+        return {**self._workers.processes(), **(self._models.processes() if self._models is not None else {})}
 
     async def close(self) -> None:
         """Kill the scoring processes. The pool of models is its owner's to close."""

@@ -165,7 +165,7 @@ class Workers:
         if self._closed:
             raise RewardFailure("the scoring processes were closed while completions were being scored")
 
-    def processes(self) -> dict[str, tuple[int, str, None]]:
+    def processes(self) -> dict[str, tuple[int, str, Path | None]]:
         """(pid, host, no log) of the processes that are up."""
         pids = [process.pid for process in (*self._idle, *self._busy)]
         return {f"scorer-{i}": (pid, socket.gethostname(), None) for i, pid in enumerate(pids)}
@@ -264,18 +264,19 @@ class _Process:
 
     async def receive(self, seconds: float) -> dict[str, Any]:
         """The next answer. Raises TimeoutError, _Dead when there will be none, ValueError when it is none."""
-        deadline = time.monotonic() + seconds
+        left = seconds
         line = asyncio.ensure_future(self._replies.readline())
         try:
             while True:
                 # Children may hold the socket open, so its end is no sure sign of death; and what a process has sent
                 # before it died counts, though its death may be noticed first.
-                alive, left = self.alive, deadline - time.monotonic()
-                done, _ = await asyncio.wait({line}, timeout=max(0.0, min(_POLL, left)))
+                alive, length, began = self.alive, max(0.0, min(_POLL, left)), time.monotonic()
+                done, _ = await asyncio.wait({line}, timeout=length)
                 if done or not alive:
                     break
                 if left <= 0:
                     raise TimeoutError
+                left -= min(time.monotonic() - began, length)  # no time in which this process itself was stopped
             if line.done() and (text := line.result()):
                 answer = json.loads(text)
                 if not isinstance(answer, dict):

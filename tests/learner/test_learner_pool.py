@@ -47,7 +47,7 @@ def test_two_ranks_work_save_and_continue_and_a_dead_one_is_named(cluster: None,
             names, version = await pool.export(lambda tensors, version: ([name for name, _ in tensors], version))
             assert names[0] == "model.embed_tokens.weight" and version == 2
             assert (await stepping).metrics["optim/grad_norm"] > 0
-            assert await pool.ask(os.getpid) == await pool.workers[0].pid.remote()
+            assert await pool.ask(os.getpid) == pool.processes()["learner-0"][0]
             stored = await pool.export(PutSnapshot("bfloat16"))
             weights = await stored.reference  # the bytes have stayed in the object store until now
             verify(weights)
@@ -57,7 +57,7 @@ def test_two_ranks_work_save_and_continue_and_a_dead_one_is_named(cluster: None,
             assert (tmp_path / "checkpoint" / "model" / "model.safetensors").is_file()
             assert await pool.load(tmp_path / "checkpoint") == 2
 
-            os.kill(await pool.workers[1].pid.remote(), signal.SIGKILL)
+            os.kill(pool.processes()["learner-1"][0], signal.SIGKILL)
             with pytest.raises(LearnerLost, match="learner rank 1 died while it should step"):
                 await pool.step(samples.groups(), version=2)
         finally:
@@ -70,7 +70,7 @@ def test_a_silent_rank_is_named_when_its_time_is_up(cluster: None, tiny: Path, t
     async def scenario() -> None:
         pool = await LearnerPool.start(samples.config(tiny, timeout=60.0), tmp_path)
         try:
-            os.kill(await pool.workers[0].pid.remote(), signal.SIGSTOP)
+            os.kill(pool.processes()["learner-0"][0], signal.SIGSTOP)
             pool.config = samples.config(tiny, timeout=1.0)
             with pytest.raises(LearnerLost, match=r"learner rank 0 did not step within learner\.timeout 1 s"):
                 await pool.step(samples.groups(), version=0)
