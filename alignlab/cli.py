@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (_add_train, _add_eval, _add_check, _add_ls, _add_report, _add_rescore, _add_grade):
         add(verbs)
-    for add in (_add_audit, _add_replay, _add_drain, _add_fit_reward, _add_fit_thresholds):
+    for add in (_add_audit, _add_replay, _add_simulate, _add_drain, _add_fit_reward, _add_fit_thresholds):
         add(verbs)
     return parser
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from core.errors import UserError
 
 if TYPE_CHECKING:
-    from alignlab.coordinator import Coordinator
     from alignlab.workload import Wave, Workload
-    from core.config import RunConfig
+    from alignlab.world import World
+    from core.config import RolloutConfig, RunConfig
 
 FOREVER = 10**9  # steps, or tokens
 NEEDED = ("length_mean", "tokens_per_second", "train_seconds")
@@ -90,21 +90,22 @@ def _trouble_arguments(group: Any) -> None:
 def simulate(arguments: argparse.Namespace) -> int:
     """Simulate, print; 1 if the coordinator gave up. Raises UserError for what is missing or does not fit."""
     from alignlab.outcome import handling, heads, outcome, page, row
-    from alignlab.world import World
 
     config = _config(arguments)
+    rollout = _rollout(arguments, config)
     workload, actors = _workload(arguments, config)
     counts = arguments.actors or [actors]
-    seconds = 3600 * arguments.hours if arguments.hours else math.inf if _steps(arguments, config) else 3600.0
+    steps = arguments.steps or (config.steps if config and not arguments.hours else None)
+    seconds = 3600 * arguments.hours if arguments.hours else math.inf if steps else 3600.0
     if len(counts) > 1:
         print(heads(), flush=True)
     for count in counts:
-        coordinator = _coordinator(arguments, config, workload, count)
-        age = _said(arguments.max_token_age, config and config.rollout.max_token_age)
-        world = World(coordinator, _per_step(workload, arguments, coordinator), arguments.seed or 0, age)
-        world.run(count, seconds)
+        if arguments.prompts_per_actor:
+            rollout = rollout.model_copy(update={"prompts": arguments.prompts_per_actor * count})
+        timed = _per_step(workload, arguments.train_seconds, rollout.prompts)
+        world = world_of(rollout, timed, steps, arguments.capacity, arguments.seed or 0).run(count, seconds)
         result, cost = outcome(world, count), handling(world)
-        print(row(result, cost) if len(counts) > 1 else page(result, cost, age), flush=True)
+        print(row(result, cost) if len(counts) > 1 else page(result, cost, rollout.token_age), flush=True)
         if world.aborted:
             print(f"alignlab simulate: the coordinator gave up: {world.aborted}", file=sys.stderr)
             return 1
@@ -181,41 +182,49 @@ def _changed(workload: Workload, arguments: argparse.Namespace) -> Workload:
     return workload
 
 
-def _per_step(workload: Workload, arguments: argparse.Namespace, coordinator: Coordinator) -> Workload:
+def _per_step(workload: Workload, train_seconds: float | None, prompts: int) -> Workload:
     """--train-seconds is that of a step of mean length."""
-    if arguments.train_seconds is None:
+    if train_seconds is None:
         return workload
     sample = [sum(workload.lengths[ordinal]) for ordinal in range(4096)]
-    tokens = coordinator.prompts * sum(sample) / len(sample)
-    return replace(workload, train_seconds=0.0, train_token_seconds=arguments.train_seconds / tokens)
+    tokens = prompts * sum(sample) / len(sample)
+    return replace(workload, train_seconds=0.0, train_token_seconds=train_seconds / tokens)
 
 
-def _coordinator(
-    arguments: argparse.Namespace, config: RunConfig | None, workload: Workload, actors: int
-) -> Coordinator:
-    from alignlab.coordinator import Coordinator
+def _rollout(arguments: argparse.Namespace, config: RunConfig | None) -> RolloutConfig:
+    """The numbers of the loop: those of the config, or the defaults, with what is said. Raises UserError."""
+    import pydantic
+
     from core.config import RolloutConfig
 
-    r = config.rollout if config else RolloutConfig()
-    each = arguments.prompts_per_actor
-    staleness = _said(arguments.max_staleness, r.max_staleness)
-    deterministic = _said(arguments.deterministic, r.deterministic)
-    free = staleness > 0 and not deterministic
+    names = ("prompts", "max_staleness", "window", "max_token_age", "deterministic")
+    said = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    try:
+        return RolloutConfig(**{**(config.rollout.model_dump() if config else {}), **said})
+    except pydantic.ValidationError as error:
+        raise UserError("; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())) from None
+
+
+def world_of(
+    r: RolloutConfig, workload: Workload, steps: int | None = None, capacity: int | None = None, seed: int = 0
+) -> World:
+    """A world around a coordinator as a run makes it (alignlab/lab.py). steps, capacity: None is for ever, the run's."""
+    from alignlab.coordinator import Coordinator
+    from alignlab.world import World
+
+    free = r.max_staleness > 0 and not r.deterministic
     room = max(1, -(-2 * workload.sequences // len(workload.lengths[0]))) if free else None
-    return Coordinator(
-        prompts=each * actors if each else _said(arguments.prompts, r.prompts),
-        steps=_steps(arguments, config) or FOREVER,
-        max_staleness=staleness,
-        window=_said(arguments.window, r.window),
-        deterministic=deterministic,
+    coordinator = Coordinator(
+        prompts=r.prompts,
+        steps=steps or FOREVER,
+        max_staleness=r.max_staleness,
+        window=r.group_age,
+        deterministic=r.deterministic,
         max_attempts=r.max_attempts,
         lease_seconds=r.timeout,
-        capacity=_said(arguments.capacity, room),
+        capacity=_said(capacity, room),
     )
-
-
-def _steps(arguments: argparse.Namespace, config: RunConfig | None) -> int | None:
-    return arguments.steps or (config.steps if config and not arguments.hours else None)
+    return World(coordinator, workload, seed, r.token_age)
 
 
 def _cores(arguments: argparse.Namespace, folder: Path) -> int | None:

@@ -7,6 +7,7 @@ sequence since the engine was last idle), says how far each of them is.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,8 @@ class VirtualActor:
         start = self.time
         if self.seen < len(switches) and switches[self.seen].start <= start:
             start = switches[self.seen].end
-        return start + max(self.running[0][0] - self.progress, 0.0) * self._step()
+        end = start + (self.running[0][0] - self.progress) * self._step()
+        return end if end > self.time else math.nextafter(self.time, math.inf)  # rounding must not stop the clock
 
     def sampled(self) -> int:
         """Tokens of groups that are not finished. Call `advance` before."""

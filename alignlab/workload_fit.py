@@ -100,7 +100,7 @@ class WorkClock:
     def __init__(self, records: Records, cores: int | None) -> None:
         held: dict[str, int] = {}
         learner = False
-        self._times, self._work = [0.0], [0.0]
+        self._times, self._work = [records[0]["time"]], [0.0]
         working = 0
         for record in records:
             speed = 1.0 if cores is None else min(1.0, cores / max(working, 1))
@@ -151,18 +151,20 @@ def training(records: Records, clock: WorkClock) -> dict[str, float]:
 def closing(records: Records, metrics: Mapping[int, Mapping[str, float]], config: RunConfig) -> float:
     """Seconds from a publication to the end of its step, where neither checkpoint nor evaluation falls into them.
 
-    What is left between a publication and the next batch once the learner's wait for groups is taken off.
+    What is left between training and the next batch once the publication and the learner's wait for groups are taken
+    off. A deterministic run also waits before it publishes, so there it is what is left after the publication.
     """
-    published = {r["version"]: r["time"] for r in records if r["kind"] == "published"}
+    if config.rollout.deterministic:
+        since = {r["version"]: r["time"] for r in records if r["kind"] == "published"}
+    else:
+        trained = {r["step"] + 1: r["time"] for r in records if r["kind"] == "trained"}
+        since = {
+            version: at + metrics[version]["time/publish"] for version, at in trained.items() if version in metrics
+        }
+    batched = {r["step"]: r["time"] for r in records if r["kind"] == "batched" and r["step"] + 1 in metrics}
     every = [n for n in (config.checkpoint.every, config.eval.every) if n]
-    rest = []
-    for record in records:
-        version = record.get("step", -1)
-        if record["kind"] != "batched" or version not in published or version + 1 not in metrics or version == 0:
-            continue
-        if not any(version % n == 0 for n in every):
-            rest.append(record["time"] - published[version] - metrics[version + 1]["time/wait_groups"])
-    return max(_median(rest), 0.0)
+    plain = [version for version in batched if version in since and not any(version % n == 0 for n in every)]
+    return max(_median(batched[v] - since[v] - metrics[v + 1]["time/wait_groups"] for v in plain), 0.0)
 
 
 def scoring(records: Records, clock: WorkClock, scorers: int) -> float:
@@ -209,19 +211,29 @@ def decoding(held: Sequence[Lease], sequences: int, switches: Sequence[Switch]) 
     def late(numbers: np.ndarray) -> np.ndarray:
         return _replay(held, sequences, switches, numbers) - ends
 
-    step = median((lease.end - lease.start) / max(lease.lengths) for lease in held)
-    found = np.array([0.0, step / 2, step / 2 / min(sequences, 16), 0.0])
-    best, error, now = found, math.inf, late(found)
+    found = _guess(held, sequences)
+    best, error = found, math.inf
     for _ in range(24):  # a step may be one for the worse: the order in which sequences find room jumps
+        now = late(found)
         if _size(now) < error:
             best, error = found, _size(now)
+        elif _size(now) > 3 * error:
+            found = (found + best) / 2
+            continue
         moves = np.diag(np.maximum(np.abs(found) * 1e-3, (1e-4, 1e-6, 1e-8, 1e-4)))
         slopes = np.array([(late(found + move) - now) / move.sum() for move in moves])
-        change = np.linalg.lstsq(slopes.T, -now, rcond=None)[0]
-        tried = [np.maximum(found + share * change, low) for share in (1.0, 0.3)]
-        now, found = min(((late(numbers), numbers) for numbers in tried), key=lambda pair: _size(pair[0]))
+        found = np.maximum(found + np.linalg.lstsq(slopes.T, -now, rcond=None)[0], low)
     names = ("lease_seconds", "decode_base", "decode_each")
     return dict(zip(names, map(float, best), strict=False)), error
+
+
+def _guess(held: Sequence[Lease], sequences: int) -> np.ndarray:
+    """Half of a decode step for each of its two parts, with as many sequences at once as there are on average."""
+    step = median((lease.end - lease.start) / max(lease.lengths) for lease in held)
+    at_work = sum((lease.end - lease.start) * len(lease.lengths) for lease in held)
+    span = max(lease.end for lease in held) - min(lease.start for lease in held)
+    together = at_work / span / len({lease.actor for lease in held})
+    return np.array([0.0, step / 2, step / 2 / min(max(together, 1.0), sequences), 0.0])
 
 
 def _replay(held: Sequence[Lease], sequences: int, switches: Sequence[Switch], numbers: np.ndarray) -> np.ndarray:

@@ -1,6 +1,9 @@
-"""The option that runs other vectors than the repository's: `pytest tests/algos tests/rewards --vectors DIR`."""
+"""Options: other vectors than the repository's (`pytest tests/algos tests/rewards --vectors DIR`), more examples."""
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("orders", max_examples=100_000)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

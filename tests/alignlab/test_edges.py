@@ -73,7 +73,8 @@ if where == "prompts":
 else:
     run.archive.record = slow
 limits = dict.fromkeys((*EDGES, LOOP), 30.0) | {LOOP: 0.5}
-run.watchdog = Watchdog(run.run_dir.path, lambda text: print("said at", time.time(), text, flush=True), limits, str, dict)
+say = lambda text: print("said at", time.time(), text, flush=True)
+run.watchdog = Watchdog(run.run_dir.path, say, limits, str, dict)
 
 async def watched():
     with run.watchdog:

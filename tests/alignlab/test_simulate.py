@@ -213,8 +213,10 @@ def test_the_numbers_of_a_run_are_found_in_its_files(recorded, staleness, cores)
     folder, pace = recorded(workload, config, 2)
     found = measure(folder, config, cores)
     assert found.steps_per_hour == pytest.approx(pace, rel=1e-3) and found.actors == 2
+    # On shared cores the ledger does not say when exactly a process rested, so the speeds are found less exactly.
+    near = 0.1 if cores else 0.02
     for name in ("decode_base", "decode_each", "train_seconds", "train_token_seconds", "publish_seconds"):
-        assert getattr(found.workload, name) == pytest.approx(getattr(workload, name), rel=0.03), name
+        assert getattr(found.workload, name) == pytest.approx(getattr(workload, name), rel=near), name
     assert found.workload.close_seconds == pytest.approx(1.0, abs=0.01)
     assert found.workload.score_seconds == pytest.approx(0.25, rel=0.2)
     r = config.rollout
@@ -254,6 +256,7 @@ def test_a_config_gives_the_numbers_of_the_loop(capsys):
         (["rollout.prompts=4", *SAID], "there is no config to change"),
         (["--run", "runs/none"], "runs/none/config.yaml"),
         (["a.yaml", "--run", "runs/none"], "has a config of its own"),
+        ([*SAID, "--max-staleness", "2", "--window", "1"], "window 1 is less than max_staleness 2"),
         ([*SAID, "--tokens-per-second", "1,1000", "--sequences", "8"], "cannot be faster than each alone"),
     ],
 )
