@@ -195,6 +195,7 @@ class Run:
     def _take(self, poll: Poll, actor: str, incarnation: int) -> None:
         """Keep what an actor has finished, and tell."""
         for group in poll.groups:
+            self._ordinals.pop(group.id, None)
             versions = [version for completion in group.completions for version in completion.versions]
             span = (min(versions, default=self.coordinator.version), max(versions, default=self.coordinator.version))
             lease = (group.prompt.ordinal, actor, incarnation, group.attempt)
@@ -252,7 +253,8 @@ class Run:
         most = self.plan.config.actors.max_count
         while most is not None:
             await asyncio.sleep(GROWTH_SECONDS)
-            if (name := await self.actors.join()) is not None:
+            # A place that comes up is first for those that have lost theirs.
+            if not self._lost and (name := await self.actors.join()) is not None:
                 self.say(f"{name} has joined")
                 self._tell(e.ActorJoined(name, self.actors.incarnations[name]))
                 self._spawn(self._attend(name))

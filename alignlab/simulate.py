@@ -208,7 +208,7 @@ def _rollout(arguments: argparse.Namespace, config: RunConfig | None) -> Rollout
 def world_of(
     r: RolloutConfig, workload: Workload, steps: int | None = None, capacity: int | None = None, seed: int = 0
 ) -> World:
-    """A world around a coordinator as a run makes it (alignlab/lab.py). steps, capacity: None is for ever, the run's."""
+    """A world around a coordinator as a run makes it (alignlab/lab.py). None is: without end, the run's capacity."""
     from alignlab.coordinator import Coordinator
     from alignlab.world import World
 

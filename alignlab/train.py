@@ -20,6 +20,7 @@ from alignlab.run_dir import Checkpoint, RunDir
 from alignlab.sources import prompt_stream
 from alignlab.watchdog import Blocked
 from core.config import RunConfig
+from core.errors import UserError
 
 
 def train(config: RunConfig, *, resume: bool = False) -> int:
@@ -31,6 +32,8 @@ def train(config: RunConfig, *, resume: bool = False) -> int:
     evaluator = Evaluator(plan, tokenizer)
     run_dir = RunDir.create(config, resume=resume)
     checkpoint = run_dir.newest_valid(print)
+    if checkpoint and "ledger_offset" not in checkpoint.state():
+        raise UserError(f"{checkpoint.path} was written before there was a ledger; start anew from its model/ folder")
     _say_start(plan, run_dir, prompts, checkpoint, resume)
     with cluster(config):
         try:

@@ -2,10 +2,10 @@
 
     python benches/scaling.py OUT [--actors 1,2,3] [--steps 40] [--config configs/quickstart.yaml] [key=value ...]
 
-Trains the config with each number of actors and max_staleness 1, without evaluations and checkpoints; a run that OUT has
-already is not made again. Each run's own fit (`alignlab simulate --run`) and the fit of the run with the fewest actors
-predict its steps/h. On one machine without GPUs all processes share its cores, and the simulator knows it; what else
-runs there it does not know, so keep the machine quiet. A minute or two for each run; `make quickstart` comes first.
+Trains the config with each number of actors and max_staleness 1, without evaluations and checkpoints; a run that OUT
+has already is not made again. Each run's own fit (`alignlab simulate --run`) and the fit of the run with the fewest
+actors predict its steps/h. On one machine without GPUs all processes share its cores, and the simulator knows it; what
+else runs there it does not know, so keep the machine quiet. Half a minute a run; `make quickstart` comes first.
 """
 
 from __future__ import annotations

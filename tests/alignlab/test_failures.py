@@ -3,12 +3,15 @@
 `pytest -s` prints how long each recovery took. Everything is counted again from the files by the audit.
 """
 
+import contextlib
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -52,15 +55,25 @@ class Driver:
             cwd=home, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        self.lines = []
+        self.lines, self._come = [], queue.Queue()
+        threading.Thread(target=lambda: [*map(self._come.put, self.process.stdout)], daemon=True).start()
 
-    def until(self, pattern):
+    def until(self, pattern, seconds=60):
         """Read on until a line matches; the match."""
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip())
-            if found := re.search(pattern, line):
-                return found
-        raise AssertionError(f"no line like {pattern!r}:\n" + "\n".join(self.lines[-40:]))
+        end = time.monotonic() + seconds
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.lines.append(self._come.get(timeout=max(0.0, end - time.monotonic())).rstrip())
+                if found := re.search(pattern, self.lines[-1]):
+                    return found
+        said = [line for line in self.lines if not line.startswith("step")]
+        raise AssertionError(f"no line like {pattern!r} in {seconds} s:\n" + "\n".join(said[:10] + said[-20:]))
+
+    def stop(self):
+        """Ctrl-C, to the end of the step."""
+        self.process.send_signal(signal.SIGINT)
+        code = self.process.wait(timeout=100)
+        assert code == 130, "\n".join([*self.lines[-20:], *self._come.queue])
 
     def pid(self, log):
         """The process that writes to this log."""
@@ -99,9 +112,7 @@ def test_a_run_survives_dead_and_frozen_actors_and_a_dead_learner(home):
         driver.until(r"the learner starts again from step \d+; the actors keep serving")
         driver.until(r"^step +\d+/")
         learner = time.monotonic() - killed
-        os.kill(driver.process.pid, signal.SIGINT)
-        rest, _ = driver.process.communicate(timeout=100)
-        assert driver.process.returncode == 130, "\n".join(driver.lines[-20:]) + rest[-3000:]
+        driver.stop()
     finally:
         if driver.process.poll() is None:
             os.killpg(driver.process.pid, signal.SIGKILL)
