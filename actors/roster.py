@@ -76,6 +76,16 @@ class Roster:
         gone = self._lost.keys() | self._suspects
         return tuple(name for name in self.names if name in self._handles and name not in gone)
 
+    @property
+    def suspects(self) -> frozenset[str]:
+        """Actors that are silent; see `ActorPool.suspect`."""
+        return frozenset(self._suspects)
+
+    def present(self) -> dict[str, int]:
+        """The incarnations of those that are well, for a new caller of `poll`; it has the others replaced."""
+        self._seen |= {name: self.incarnations[name] for name in self.well}
+        return {name: self.incarnations[name] for name in self.well}
+
     async def start(self) -> None:
         """Place and start all actors in parallel. Raises UserError that says what did not start and why."""
         self._spec = EngineSpec.of(self.config, await self._host.place(self.config, self.names))

@@ -138,6 +138,8 @@ class Coordinator:
             self._record_actor(event.actor)
 
     def _suspected(self, event: e.ActorSuspected) -> None:
+        if event.actor not in self.fleet.actors:  # it was silent before this coordinator began
+            self.fleet.enter(event.actor, event.incarnation, Health.STARTING)
         actor = self.fleet.current(event.actor, event.incarnation)
         if actor is None or actor.health in (Health.DEAD, Health.SUSPECT):
             return

@@ -34,6 +34,12 @@ class Demonstrations:
         self.incarnations = dict.fromkeys(self.names, 0)
         self._done: asyncio.Queue[Group | Failure] = asyncio.Queue()
 
+    suspects: frozenset[str] = frozenset()
+
+    def present(self) -> dict[str, int]:
+        """There is always one."""
+        return dict(self.incarnations)
+
     async def submit(self, name: str, requests: Sequence[GroupRequest]) -> None:
         """Queue the demonstrations of these prompts."""
         for request in requests:

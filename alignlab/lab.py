@@ -24,6 +24,7 @@ from alignlab.plan import Plan
 from alignlab.run import Run
 from alignlab.run_dir import Checkpoint, RunDir
 from alignlab.watchdog import LOOP, Blocked, Watchdog
+from core.patience import within
 from core.schema import group_id
 
 if TYPE_CHECKING:
@@ -221,13 +222,16 @@ class Lab:
         """A new learner; the actors forget what they were sampling for the old one."""
         assert self._last is not None
         names = [group_id(self.plan.config.seed, ordinal) for ordinal in self._last.groups]
-        for actor in self.actors.names:
-            with suppress(ActorLost):
-                await self.actors.abort(actor, names)
+        await asyncio.gather(*(self._forget(actor, names) for actor in self.actors.names))
         if not self.plan.demonstrations:
             self.actors.disconnect()
         await self.close_learner()
         self.learner = await self.start_learner()
+
+    async def _forget(self, actor: str, names: list[str]) -> None:
+        """Have an actor abort groups, if it hears: what it samples of them nevertheless is refused."""
+        with suppress(ActorLost, TimeoutError):
+            await within(self.actors.abort(actor, names), self.plan.config.actors.suspect_timeout)
 
     async def close_learner(self) -> None:
         """End the present learner."""

@@ -11,6 +11,7 @@ from alignlab.world import World
 
 STATES = ("waiting", "leased", "done", "scored", "batched")
 BAR = 40  # characters of the whole
+SHOWN = 0.001  # a smaller share has no line of its own
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,10 @@ def page(o: Outcome, h: Handling, max_token_age: int | None) -> str:
         lines.append(("losses", str(o.losses), done))
     lines.append(("age of tokens", f"{o.age_mean:.2f}", "steps between weights and training, mean"))
     text = [f"{name:<14}{value:>10}  {note}".rstrip() for name, value, note in lines]
-    text += [f"{age:>13} {share:>10.1%}  {'#' * round(BAR * share)}".rstrip() for age, share in o.ages.items()]
+    shown = {age: share for age, share in o.ages.items() if share >= SHOWN}
+    text += [f"{age:>13} {share:>10.1%}  {'#' * round(BAR * share)}".rstrip() for age, share in shown.items()]
+    if len(shown) < len(o.ages):
+        text.append(f"{f'up to {max(o.ages)}':>13} {1 - sum(shown.values()):>10.2%}")
     return "\n".join([*text, "", _cost(o, h)])
 
 

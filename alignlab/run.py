@@ -83,9 +83,7 @@ class Run:
         """
         self._step_ended = time.monotonic()
         try:
-            self._tell(e.Started({name: self.actors.incarnations[name] for name in self.actors.names}))
-            for name in self.actors.names:
-                self._spawn(self._attend(name))
+            self._meet()
             for work in (self._tick(), self._grow(), self._watch_actors()):
                 self._spawn(work)
             while not self._execute(*await self._next_event()):
@@ -150,6 +148,15 @@ class Run:
             self._events.put_nowait(error)
 
     # ------------------------------------------------------------ actors
+    def _meet(self) -> None:
+        """Take up the actors as they are: of an attempt that went on before this one some may be silent, or lost."""
+        present, silent = self.actors.present(), self.actors.suspects
+        self._tell(e.Started(present))
+        for name in self.actors.names:
+            if name in silent:
+                self._tell(e.ActorSuspected(name, self.actors.incarnations[name], "it was silent before"))
+            self._spawn(self._attend(name) if name in present or name in silent else self._replace(name))
+
     async def _attend(self, actor: str) -> None:
         """Hear what one incarnation of an actor has to say, to its end."""
         incarnation, sampled = self.actors.incarnations[actor], 0
@@ -168,7 +175,7 @@ class Run:
 
     async def _hear(self, actor: str, incarnation: int) -> Poll:
         """The next poll. An actor that is silent, or stuck in a step, is suspected until it speaks or is given up."""
-        patience, suspected = self.plan.config.actors.suspect_timeout, False
+        patience, suspected = self.plan.config.actors.suspect_timeout, actor in self.actors.suspects
         while True:
             call = asyncio.ensure_future(self.actors.poll(actor))
             try:
@@ -206,8 +213,16 @@ class Run:
                 self._tell(e.GroupFailed(ordinal, actor, incarnation, failure.attempt, failure.reason))
 
     async def _replace(self, actor: str) -> None:
-        self._tell(e.ActorStarting(actor, self.actors.incarnations[actor] + 1))
-        await self.actors.replace(actor)
+        self._lost.setdefault(actor, time.monotonic())
+        known = self.coordinator.fleet.actors.get(actor)
+        # The pool may have begun already, for a publish or an evaluation, and is then ahead of this number.
+        self._tell(e.ActorStarting(actor, self.actors.incarnations[actor] if known is None else known.incarnation + 1))
+        try:
+            await self.actors.replace(actor)
+        except ActorLost:
+            if actor in self.actors.names:
+                raise
+            return  # it was to leave, and has left
         self._tell(e.ActorJoined(actor, self.actors.incarnations[actor]))
         self.say(f"{actor} serves again, {time.monotonic() - self._lost.pop(actor):.1f} s after it was lost")
         await self._attend(actor)
@@ -246,7 +261,10 @@ class Run:
             if not self.coordinator.tally()["leased"]:
                 self._moved.set()
             for name in self.run_dir.leavers():
-                self._tell(e.ActorLeaving(name))
+                if len(self.actors.names) > 1:
+                    self._tell(e.ActorLeaving(name))
+                else:
+                    self.say(f"{name} stays: it is the only actor")
 
     async def _grow(self) -> None:
         """One more actor whenever the cluster has room for it, up to actors.max_count."""

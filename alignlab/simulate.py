@@ -10,7 +10,6 @@ max_staleness, window ...) are those of a config, if one is named. An option tha
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -130,11 +129,12 @@ def _config(arguments: argparse.Namespace) -> RunConfig | None:
 def _workload(arguments: argparse.Namespace, config: RunConfig | None) -> tuple[Workload, int]:
     """Lengths and durations, and the number of actors unless it is said."""
     if arguments.measured:
-        from alignlab.workload_fit import measure
+        from alignlab.workload_fit import measure, shared_cores
 
         folder = Path(arguments.measured)
         assert config is not None
-        found = measure(folder, config, _cores(arguments, folder))
+        cores = shared_cores(folder, config) if arguments.cores is None else arguments.cores or None
+        found = measure(folder, config, cores)
         pace = f"{found.steps} steps with {found.actors} actors, {found.steps_per_hour:.1f} steps/h"
         print(f"{folder}: {pace}; its groups are fitted to {found.error:.3f} s\n{_speed(found.workload)}\n", flush=True)
         return _changed(found.workload, arguments), found.actors
@@ -225,17 +225,6 @@ def world_of(
         capacity=_said(capacity, room),
     )
     return World(coordinator, workload, seed, r.token_age)
-
-
-def _cores(arguments: argparse.Namespace, folder: Path) -> int | None:
-    """That the run's processes shared: those of a single machine without GPUs, unless it is said."""
-    if arguments.cores is not None:
-        return arguments.cores or None
-    try:
-        machine = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return machine.get("cpus") if not machine.get("gpus") else None
 
 
 def _speed(w: Workload) -> str:

@@ -79,9 +79,17 @@ def measure(folder: Path, config: RunConfig, cores: int | None) -> Measured:
     workload = replace(workload, **training(records, clock), close_seconds=closing(records, metrics, config))
     workload = replace(workload, score_seconds=scoring(records, clock, workload.scorers))
     held = leases(records, clock, lengths)
+    if not held:
+        raise UserError(f"{folder}: no actor has sampled anything here, so nothing says how fast actors are")
     speed, error = decoding(held, workload.sequences, loading(records, clock, metrics))
     actors = len({lease.actor for lease in held})
     return Measured(replace(workload, **speed), pace(published), len(published), actors, error)
+
+
+def shared_cores(folder: Path, config: RunConfig) -> int | None:
+    """How many cores all processes of a run shared: those of a single machine without GPUs; None for other runs."""
+    machine = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    return None if machine["gpus"] or config.cluster.address else machine["cpus"]
 
 
 def longest_attempt(records: Records) -> Records:

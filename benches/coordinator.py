@@ -4,9 +4,10 @@
 
 One simulated hour of the real Coordinator with virtual actors that are all busy: two groups of 8 completions each, 8000
 tokens on average (log-normal, sigma 0.8), 40 tokens/s a sequence when 16 are decoded; as many prompts in a step as
-there are actors, max_staleness 2; an actor is lost once in 100 hours. The seconds are real ones, with garbage
-collection off, of one process on one core; a machine that is busy with other things shows in the longest ones. The last
-two lines are about what else happens in the same process: records are written, and the state for a checkpoint is taken.
+there are actors, max_staleness 2; an actor is lost once in 100 hours. Events are timed by the clock, with garbage
+collection off, so a machine that is busy with other things shows in the slowest ones; what the simulated hour takes is
+seconds of one core. The last two lines are about what else happens in the coordinator's process: records are written,
+and the state for a checkpoint is taken.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def main() -> int:
 
 
 def simulated(actors: int, hours: float) -> tuple[World, float]:
-    """A world that has run for so long, and the real seconds that it took."""
+    """A world that has run for so long, and the seconds of a core that it took."""
     base, each = decode_seconds(60, 40 * SEQUENCES, SEQUENCES)
     workload = Workload(
         LogNormal(MEAN, 0.8, 8, longest=65536), base, each, SEQUENCES,
@@ -63,9 +64,9 @@ def simulated(actors: int, hours: float) -> tuple[World, float]:
     )  # fmt: skip
     rollout = RolloutConfig(prompts=actors, max_staleness=2)
     workload = replace(workload, train_token_seconds=TRAIN_SECONDS / (actors * 8 * MEAN))
-    started = time.perf_counter()
+    started = time.process_time()
     world = world_of(rollout, workload, capacity=2).run(actors, 3600 * hours)
-    return world, time.perf_counter() - started
+    return world, time.process_time() - started
 
 
 def ledger() -> str:

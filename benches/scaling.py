@@ -11,7 +11,6 @@ else runs there it does not know, so keep the machine quiet. Half a minute a run
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from alignlab.outcome import outcome
 from alignlab.simulate import world_of
-from alignlab.workload_fit import Measured, measure
+from alignlab.workload_fit import Measured, measure, shared_cores
 from core.config import RunConfig
 from core.loading import load_config
 
@@ -41,7 +40,7 @@ def main() -> int:
     for actors in sorted(map(int, arguments.actors.split(","))):
         folder = train(arguments, actors)
         config = load_config(folder / "config.yaml")
-        runs[actors] = (config, measure(folder, config, cores(folder)))
+        runs[actors] = (config, measure(folder, config, shared_cores(folder, config)))
     print("| " + " | ".join(HEADS) + " |\n" + "|---" * len(HEADS) + "|")
     first = next(iter(runs.values()))[1]
     for actors, (config, found) in runs.items():
@@ -67,12 +66,6 @@ def train(arguments: argparse.Namespace, actors: int) -> Path:
     if code:
         sys.exit(f"the run with {actors} actors ended with {code}; see {log}")
     return folder
-
-
-def cores(folder: Path) -> int | None:
-    """That the processes of a run on one machine without GPUs shared."""
-    machine = json.loads((folder / "environment.json").read_text())
-    return None if machine["gpus"] else machine["cpus"]
 
 
 def predicted(config: RunConfig, found: Measured, actors: int) -> float:

@@ -173,6 +173,14 @@ class ActorsConfig(Section):
     publish_timeout: PositiveFloat = 300.0
     """Seconds an actor may take to verify and load a new version; over NCCL, joining and the broadcast together."""
 
+    @model_validator(mode="after")
+    def _check(self) -> ActorsConfig:
+        if self.max_count is not None and self.max_count < self.count:
+            raise ValueError(
+                f"actors.max_count {self.max_count} is less than actors.count {self.count}; leave it out or raise it"
+            )
+        return self
+
 
 class RewardModelsConfig(Section):
     """The third pool: processes that hold reward models and judges."""

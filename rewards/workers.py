@@ -5,7 +5,8 @@
 
 What goes wrong costs the one completion it went wrong on. Past its deadline the process and all it has started are
 killed and that completion's status is `timeout`; a process that dies makes it `error`, with the exit code. A fresh
-process scores the remaining ones. What user code prints goes nowhere near the answers. Nothing waits without a limit.
+process scores the remaining ones. SIGKILL (by hand, or for want of memory) says little of the completion: the first
+time it is scored once more. What user code prints goes nowhere near the answers. Nothing waits without a limit.
 
 Nothing is left behind: what user code starts ends with its process (on Linux also what left the session), at the latest
 by `close`, or when the driver dies.
@@ -53,7 +54,11 @@ class Scored:
 
 
 class _Dead(Exception):
-    """The process went away; the message says how."""
+    """The process went away; the message says how. `killed`: by SIGKILL."""
+
+    def __init__(self, message: str, killed: bool) -> None:
+        super().__init__(message)
+        self.killed = killed
 
 
 class Workers:
@@ -90,21 +95,29 @@ class Workers:
         count = len(request["samples"]["completions"])
         todo, after = list(range(count)), None
         done: dict[int, Scored] = {}
+        spared: set[int | None] = set()
         async with self._slots:
             while todo:
                 async with self._process() as process:
-                    after = await self._drain(process, request, batch, todo, done)
+                    after = await self._drain(process, request, batch, todo, done, spared)
         return [done[i] for i in range(count)], after
 
     async def _drain(
-        self, process: _Process, request: dict[str, Any], batch: bool, todo: list[int], done: dict[int, Scored]
+        self,
+        process: _Process,
+        request: dict[str, Any],
+        batch: bool,
+        todo: list[int],
+        done: dict[int, Scored],
+        spared: set[int | None],
     ) -> Any:
         """Let `process` score `todo`, moving indices from there to `done`; return early when the process fails.
 
-        The result is the state after the group, none where there is none to be had.
+        The result is the state after the group, none where there is none to be had. spared: completions during which
+        a process was killed before, None for the end of the group.
         """
         limit = self.timeout * len(todo) if batch else self.timeout
-        loaded, started = False, time.monotonic()
+        loaded, killed, started = False, False, time.monotonic()
         try:
             await process.send({**request, "todo": todo})
             # Imports and models are loaded on a clock of their own: the first completion is not to blame for them.
@@ -122,8 +135,14 @@ class Workers:
             score = Score("timeout", detail=f"took longer than {limit if loaded else START_TIMEOUT:g} s")
         except (_Dead, ValueError, KeyError) as error:
             score = Score("error", detail=f"{error}{process.log()}")
+            killed = isinstance(error, _Dead) and error.killed
         await process.kill()
         self._check_open()  # else that is what killed it
+        if killed and (first := todo[0] if todo else None) not in spared:
+            spared.add(first)
+            if "state" in request:  # it has seen a part of the group: all of it is scored again from the one before
+                todo[:] = range(len(request["samples"]["completions"]))
+            return None
         if not todo:  # all are scored, but the state after them is lost: what comes next would start from another
             done.update({i: Scored(replace(score, detail=f"its state: {score.detail}"), 0.0) for i in done})
             return None
@@ -142,6 +161,8 @@ class Workers:
     async def _process(self) -> AsyncIterator[_Process]:
         """A living process, given back afterwards if it still lives."""
         process = None
+        while self._idle and not self._idle[-1].alive:  # nobody's completion is to blame for that
+            await self._idle.pop().kill()
         if not self._closed:
             process = self._idle.pop() if self._idle else await _Process.start(self._hello)
         if process is not None and self._closed:  # while it started
@@ -203,17 +224,21 @@ class _Process:
 
     @classmethod
     async def start(cls, hello: Mapping[str, Any]) -> _Process:
-        """Start a process and wait until it answers. Raises RewardFailure."""
-        process = await cls._spawn()
-        try:
-            await process.send(hello)
-            await process.receive(START_TIMEOUT)
-        except (TimeoutError, _Dead, ValueError) as error:
-            await process.kill()
-            raise RewardFailure(f"a scoring process does not start: {error or 'no answer'} {process.log()}") from None
-        except BaseException:
-            await process.kill()
-            raise
+        """Start a process and wait until it answers; another one if it is killed meanwhile. Raises RewardFailure."""
+        for last in (False, True):
+            process = await cls._spawn()
+            try:
+                await process.send(hello)
+                await process.receive(START_TIMEOUT)
+                break
+            except (TimeoutError, _Dead, ValueError) as error:
+                await process.kill()
+                if last or not (isinstance(error, _Dead) and error.killed):
+                    why = f"{error or 'no answer'} {process.log()}"
+                    raise RewardFailure(f"a scoring process does not start: {why}") from None
+            except BaseException:
+                await process.kill()
+                raise
         return process
 
     @classmethod
@@ -260,7 +285,7 @@ class _Process:
             async with asyncio.timeout(START_TIMEOUT):  # wait_for would now and then lose a cancellation
                 await self._requests.drain()
         except ConnectionError:
-            raise _Dead(await self._exit_reason()) from None
+            raise await self._dead() from None
 
     async def receive(self, seconds: float) -> dict[str, Any]:
         """The next answer. Raises TimeoutError, _Dead when there will be none, ValueError when it is none."""
@@ -286,15 +311,17 @@ class _Process:
             pass
         finally:
             line.cancel()
-        raise _Dead(await self._exit_reason())
+        raise await self._dead()
 
-    async def _exit_reason(self) -> str:
+    async def _dead(self) -> _Dead:
         await self._ended()
         await asyncio.wait({self._log_task}, timeout=_POLL)  # its last words
         code = self._process.returncode
         if code is not None and code < 0:
-            return f"the scoring process died of {signal.Signals(-code).name} (exit code {code})"
-        return f"the scoring process ended with exit code {code}"
+            reason = f"the scoring process died of {signal.Signals(-code).name} (exit code {code})"
+        else:
+            reason = f"the scoring process ended with exit code {code}"
+        return _Dead(reason, code == -signal.SIGKILL)
 
     async def _ended(self) -> None:
         """Wait, within limits, until the process has ended."""

@@ -3,9 +3,9 @@
     config = run_config(tmp_path, steps=8, rollout={"max_staleness": 2, "deterministic": True})
     steps = Rig(config, HashLearner).run()          # begins the run, or goes on with it
 
-Real are the loop, the coordinator, ledger, payloads, checkpoints, the pool of actors, the scoring processes, watchdog and
-metrics. Engines are fakes, in threads or in processes. The learner is `HashLearner`, which takes no time and whose state
-says all that it was ever given, or `LocalLearner`, the real one in this process.
+Real are the loop, the coordinator, ledger, payloads, checkpoints, the pool of actors, the scoring processes, watchdog
+and metrics. Engines are fakes, in threads or in processes. The learner is `HashLearner`, which takes no time and whose
+state says all that it was ever given, or `LocalLearner`, the real one in this process.
 """
 
 from __future__ import annotations

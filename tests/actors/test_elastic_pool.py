@@ -330,3 +330,8 @@ def test_a_load_of_an_old_incarnation_says_nothing_of_the_new_one(tmp_path):
         return await serving(pool, "actor-0")
 
     assert with_pool(tmp_path, scenario, host=Slowed("publish")) == (1, 1)
+
+
+def test_max_count_below_count_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"actors.max_count 1 is less than actors.count 2"):
+        with_pool(tmp_path, None, max_count=1)

@@ -30,12 +30,17 @@ class FakeActors:
         self.names = tuple(f"actor-{i}" for i in range(count))
         self.engines = {name: FakeEngine(EngineSpec(model="", max_model_len=64)) for name in self.names}
         self.incarnations = dict.fromkeys(self.names, 0)
-        self.die_after, self.reject, self.polls, self.failed = die_after, set(reject), 0, []
+        self.die_after, self.reject, self.polls = die_after, set(reject), 0
+        self.failed = {name: [] for name in self.names}
+        self.suspects = frozenset()
+
+    def present(self):
+        return dict(self.incarnations)
 
     async def submit(self, name, requests):
         for request in requests:
             if request.prompt.ordinal in self.reject:
-                self.failed.append(Failure(request.id, request.attempt, "too long"))
+                self.failed[name].append(Failure(request.id, request.attempt, "too long"))
             else:
                 self.engines[name].add(request)
 
@@ -46,7 +51,7 @@ class FakeActors:
             if self.polls > self.die_after:
                 self.die_after = None
                 raise ActorLost(name, self.incarnations[name], "killed")
-        failed, self.failed = tuple(self.failed), []
+        failed, self.failed[name] = tuple(self.failed[name]), []
         return Poll(tuple(self.engines[name].step()), failed, None, 0)
 
     def metrics(self):
@@ -229,9 +234,11 @@ def test_what_a_part_raises_ends_the_run(tmp_path):
 
 def test_a_silent_actor_gives_its_groups_away_and_may_come_back(tmp_path):
     class Silent(FakeActors):
+        silenced = False
+
         async def poll(self, name, timeout=1.0):
-            if name == "actor-0" and self.engines[name].unfinished()[0] and not self.failed:
-                self.failed = ["silent once"]
+            if name == "actor-0" and self.engines[name].unfinished()[0] and not self.silenced:
+                self.silenced = True
                 await asyncio.sleep(0.6)
             return Poll(tuple(self.engines[name].step()), (), None, 0) if await asyncio.sleep(0.01) is None else None
 

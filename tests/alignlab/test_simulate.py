@@ -1,8 +1,11 @@
 """The simulator: durations that can be worked out by hand, the same run for a seed, a run's own numbers found again."""
 
 import argparse
+import importlib.util
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +15,9 @@ from alignlab.outcome import outcome
 from alignlab.simulate import add_arguments, simulate
 from alignlab.virtual_actor import Job, Switch, VirtualActor
 from alignlab.workload import LogNormal, Recorded, Wave, Workload, decode_seconds
-from alignlab.workload_fit import WorkClock, measure
+from alignlab.workload_fit import WorkClock, measure, shared_cores
 from alignlab.world import World
+from core.config import RolloutConfig
 from core.errors import UserError
 from core.loading import dump_config, load_config
 
@@ -151,6 +155,27 @@ def test_actors_that_leave_with_notice_lose_less():
     assert lost[0] > 0 == lost[1]
 
 
+# ---------------------------------------------------------------- what becomes of long completions
+BENCH = Path(__file__).resolve().parents[2] / "benches" / "staleness.py"
+spec = importlib.util.spec_from_file_location("benches_staleness", BENCH)
+staleness = sys.modules["benches_staleness"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(staleness)
+FEW = argparse.Namespace(prompts=32, steps=80)
+
+
+def test_the_defaults_of_window_and_max_token_age_are_those_that_the_bench_recommends():
+    rollout = RolloutConfig(max_staleness=3)
+    assert (rollout.group_age, rollout.token_age) == (3 * staleness.WINDOW, 3 * staleness.AGE)
+    assert staleness.keeps(FEW, "generation-bound", 1)
+
+
+def test_throwing_old_groups_away_shortens_what_is_trained_and_waiting_for_them_takes_time():
+    discard = staleness.run(staleness.discard(FEW, 1), "generation-bound", 1.0, None)
+    in_order = staleness.run(Coordinator(32, 80, 1, in_order=True), "generation-bound", 1.0, 2)
+    assert discard.length < 0.96 and discard.age_max <= 2  # thrown away when older than 2 S
+    assert in_order.length == pytest.approx(1, abs=0.02) and in_order.pace < 0.6 * discard.pace
+
+
 # ---------------------------------------------------------------- fitted to a run
 def test_seconds_of_work_are_fewer_while_cores_are_shared():
     records = [{"kind": "leased", "actor": "a", "time": 0.0}, {"kind": "leased", "actor": "b", "time": 0.0}]
@@ -186,6 +211,7 @@ def recorded(tmp_path):
         )  # fmt: skip
         ledger.close()
         (folder / "config.yaml").write_text(dump_config(config))
+        (folder / "environment.json").write_text(json.dumps({"cpus": 2, "gpus": [] if workload.cores else ["H100"]}))
         rows = []
         for step, groups in enumerate(steps):
             wait = batched[step] - (published[step] + workload.close_seconds if step else 0.0)
@@ -211,6 +237,7 @@ def test_the_numbers_of_a_run_are_found_in_its_files(recorded, staleness, cores)
     lengths = LogNormal(40, 0.6, 4, 10**6)
     workload = Workload(lengths, 0.1, 0.02, sequences=16, cores=cores, **PARTS)
     folder, pace = recorded(workload, config, 2)
+    assert shared_cores(folder, config) == cores
     found = measure(folder, config, cores)
     assert found.steps_per_hour == pytest.approx(pace, rel=1e-3) and found.actors == 2
     # On shared cores the ledger does not say when exactly a process rested, so the speeds are found less exactly.
