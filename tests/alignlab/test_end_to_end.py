@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from alignlab.audit import audit
 from tests.tiny import tiny_policy
 
 pytestmark = pytest.mark.real
@@ -93,6 +94,7 @@ def train(home, path, *arguments):
         cwd=home, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert audit(home / "runs" / path.stem).problems == []
     return done.stdout
 
 
@@ -236,6 +238,21 @@ def test_methods_with_parts_of_their_own_run(home, method, metric):
     assert len(steps) == 2 and all(row[metric] is not None for row in steps)
     greedy = [row["greedy_total"] for row in rows(home / "runs" / method / "rollouts" / "step-000001.jsonl")]
     assert all((value is not None) == (method == "remax") for value in greedy)
+
+
+def test_a_free_running_run_is_trained_again_bit_for_bit(home):
+    folder = home / "runs" / "overlapped"
+    command = [*ALIGNLAB, "replay", "runs/overlapped"]
+    done = subprocess.run(command, cwd=home, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "replay: 4 steps, losses and weights bit for bit"
+    # Another loss in the metrics is another run.
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    next(row for row in lines if row["step"] == 2 and "policy/loss" in row)["policy/loss"] += 1e-9
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    done = subprocess.run(command, cwd=home, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and "replay: step 2: policy/loss is" in done.stdout.splitlines()[-1]
 
 
 def test_demonstrations_are_learned(home):
