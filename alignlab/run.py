@@ -310,6 +310,7 @@ class Run:
         with _timed(times, "time/publish"), self.watchdog.waiting("publish", f"version {version}"):
             published = await self.publish(version)
         self._tell(e.Served(version, published.loaded, published.stale, published.digest))
+        await asyncio.sleep(0)  # new groups are on their way before files are written
         times["time/step"] = time.monotonic() - self._step_ended
         rates, means = self.actors.metrics(), await self._evaluate(version)
         if not self.plan.demonstrations:

@@ -61,12 +61,13 @@ STILL = 3.0  # seconds without a record after which a strike does not wait for m
 
 @dataclass
 class Report:
-    """What befell one run and what became of it; `details` are sentences about its faults."""
+    """What befell one run and what became of it; `details` are sentences about its faults, `notes` about the rest."""
 
     faults: Counter[str] = field(default_factory=Counter)
     strikes: Counter[str] = field(default_factory=Counter)
     events: Counter[str] = field(default_factory=Counter)
     details: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def fault(self, name: str, count: int, detail: str) -> None:
         """Count, where there is something to count."""
@@ -121,6 +122,8 @@ class Chaos:
                 return False
             if code == 0:
                 return True
+            if code > 0:
+                self.report.notes.append(f"ended by itself: {last_line(self.folder / 'driver.log')}")
             self.report.events["ended by itself" if code > 0 else "killed and resumed"] += 1
             if time.monotonic() > self._end:
                 break
@@ -188,6 +191,12 @@ def fork(folder: Path, mark: str, calm: bool = False) -> int:
         sys.stdout.flush()
     finally:
         os._exit(code)
+
+
+def last_line(log: Path) -> str:
+    """Of what a driver has printed."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1][:300] if lines else "nothing was printed"
 
 
 def send(pid: int, number: int) -> None:
@@ -352,7 +361,7 @@ def work(numbers: list[int], seed: int, home: Path, pipe: int) -> None:
         if not report.faults:
             shutil.rmtree(home / f"case-{number:04d}")
         parts = (report.faults, report.strikes, report.events)
-        line = json.dumps([number, time.monotonic() - started, *map(dict, parts), report.details])
+        line = json.dumps([number, time.monotonic() - started, *map(dict, parts), report.details + report.notes])
         os.write(pipe, line.encode() + b"\n")
 
 

@@ -3,9 +3,9 @@
     python -m benches.determinism [--every 1]
 
 20 steps with max_staleness 2, fake engines, and the real learner in this process. In peace the run writes N records;
-then for each k it dies right after record k was written (every tenth time a half-written one follows), and goes on from
-its files. Final parameters and optimizer state, and the order of the batches, must be equal to those of the run in peace,
-bit for bit; the audit must be green. `kills.py` does the same with real engines.
+then for each k it dies right after record k was written (every tenth time a half-written one follows) and goes on from
+its files. Parameters, optimizer state and the order of the batches must be equal to those of the run in peace, bit for
+bit, and the audit green. `kills.py` does the same with real engines.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class RolloutConfig(Section):
     """S: (S + 1) x P groups are under way at once, so generation goes on while the learner works; 0 is on-policy."""
     window: Count | None = None
     """Updates within which a group is trained after its admission: a batch waits for what would be left behind longer.
-    None is 10 S: narrower ones wait for the longest completions, wider ones leave them behind for ever."""
+    None is 10 S: narrower windows wait for the longest completions."""
     max_token_age: Count | None = None
     """Tokens whose weights lie more updates behind are left out of the loss, and counted. None is 2 S."""
     deterministic: bool = False
