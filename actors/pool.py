@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -184,15 +185,25 @@ class ActorPool(Roster):
 
     async def _revival(self) -> None:
         """Until one actor is well again, or no replacement has succeeded and nobody may come back by itself."""
-        tried: dict[str, asyncio.Task[None]] = {}
+        tried, heard = dict[str, asyncio.Task[None]](), dict[str, asyncio.Task[None]]()
         while not self.well:
             tried = {name: self._renewal(name) for name in self._lost if name not in tried} | tried
+            unheard = [name for name in self._suspects if name not in heard or heard[name].done()]
+            heard |= {name: asyncio.create_task(self._hear(name)) for name in unheard}
             if not self._suspects and all(renewal.done() for renewal in tried.values()):
                 break
             await asyncio.sleep(LOOK_SECONDS)
+        for hearing in heard.values():
+            hearing.cancel()
         for renewal in tried.values():
             if renewal.done():
                 renewal.exception()  # says nothing new: its actor is still lost
+
+    async def _hear(self, name: str) -> None:
+        """Trust a silent actor when it speaks, lose it when it does not: who polls it may be waiting for a publish."""
+        with suppress(ActorLost):
+            await self._call(name, "status", timeout=self.config.actors.silence_timeout)
+            await self.trust(name)
 
     async def _load(self, name: str, shared: Any, wait: bool = False) -> Stats:
         """Have one actor load weights. Raises ActorLost, weights.Refused or weights.Interrupted."""

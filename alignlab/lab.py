@@ -122,10 +122,12 @@ class Lab:
         parts = (self.prompts, self.actors, self.composer, self.learner, publish, evaluate, writer)
         saved = checkpoint.step if checkpoint else -1
         run = Run(self.plan, self.run_dir, coordinator, *parts, self.archive, watchdog, saved, self.say)
-        published = await publish(first)
+        with watchdog.waiting("publish", f"version {first}"):
+            published = await publish(first)
         self._note_published(published)
         if first == 0 and self._attempts == 1:
-            metrics, means = await evaluate(0)
+            with watchdog.waiting("evaluate", "before the first step"):
+                metrics, means = await evaluate(0)
             writer.write(0, metrics)
             self.composer.begin(means)
             self._first["rewards"] = self.composer.state_dict()
@@ -133,7 +135,9 @@ class Lab:
             await run.loop()
         steps = coordinator.trained
         if steps >= config.steps:
-            writer.write(steps, (await evaluate(steps))[0])
+            with watchdog.waiting("evaluate", "after the last step"):
+                metrics, _ = await evaluate(steps)
+            writer.write(steps, metrics)
         self.archive.record([e.Record("end", {"step": steps, "reason": "done" if steps >= config.steps else "stop"})])
         return steps
 

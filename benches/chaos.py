@@ -36,7 +36,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +117,7 @@ class Chaos:
         for _ in range(STARTS):
             driver = fork(self.folder, self._mark)
             code = self._attend(driver)
-            if behind := left_behind(self._mark):
+            if behind := left_behind(self._mark, self._thaw):
                 self.report.fault("behind", len(behind), f"processes {behind} outlived driver {driver}")
                 return False
             if code == 0:
@@ -136,12 +136,9 @@ class Chaos:
         while True:
             pid, status = os.waitpid(driver, os.WNOHANG)
             if pid:
-                self._frozen.clear()
                 return os.waitstatus_to_exitcode(status)
+            self._thaw()
             now = time.monotonic()
-            for frozen in [pid for pid, until in self._frozen.items() if now >= until]:
-                del self._frozen[frozen]
-                send(frozen, signal.SIGCONT)
             if now > self._end:
                 os.kill(driver, signal.SIGKILL)
             elif self._strikes and self._due(size, now - since):
@@ -167,6 +164,12 @@ class Chaos:
         send(victim, signal.SIGSTOP if kind == "freeze" else signal.SIGKILL)
         if kind == "freeze":  # shorter than actors.suspect_timeout, longer, or longer than silence_timeout
             self._frozen[victim] = time.monotonic() + self._draw.choice((0.2, 1.0, 3.0))
+
+    def _thaw(self) -> None:
+        """Let those go on that were stopped for long enough."""
+        for frozen in [pid for pid, until in self._frozen.items() if time.monotonic() >= until]:
+            del self._frozen[frozen]
+            send(frozen, signal.SIGCONT)
 
     def _size(self) -> int:
         with suppress(OSError):
@@ -228,8 +231,11 @@ def command_of(pid: int) -> str:
     return ""
 
 
-def left_behind(mark: str) -> list[str]:
-    """Processes with this mark that are still there when they ought to be gone; they are ended then."""
+def left_behind(mark: str, thaw: Callable[[], None]) -> list[str]:
+    """Processes with this mark that are still there when they ought to be gone; they are ended then.
+
+    One that was stopped before it could ask the kernel to end it with its parent goes once it is thawed.
+    """
     wanted, until = f"{MARK}={mark}\0".encode(), time.monotonic() + GONE_SECONDS
     while True:
         found = []
@@ -239,6 +245,7 @@ def left_behind(mark: str) -> list[str]:
                     found.append(int(environ.parent.name))
         if not found or time.monotonic() > until:
             break
+        thaw()
         time.sleep(0.02)
     named = [f"{pid} ({command_of(pid)})" for pid in found]
     for pid in found:
