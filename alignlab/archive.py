@@ -43,6 +43,7 @@ class Archive:
         self._ledger = Ledger.open(self._path, sync_seconds=config.sync_seconds)
         self.groups: dict[int, Group] = {}  # found sampled, some of them scored, until somebody takes them
         self._scores: dict[int, str] = {}  # digests of the scores of those that have them
+        self._under_way: dict[int, list[str]] = {}  # payloads of the groups that are neither trained nor dropped
         if self._ledger.torn:
             say(f"ledger: its last {self._ledger.torn} bytes were half-written and are cut off")
 
@@ -91,7 +92,20 @@ class Archive:
     # ------------------------------------------------------------ writing
     def record(self, records: Iterable[Record]) -> None:
         """Append to the ledger. Raises OSError."""
+        records = list(records)
         self._ledger.append({"kind": record.kind, **record.fields} for record in records)
+        for record in records:
+            self._note(record.kind, record.fields)
+
+    def _note(self, kind: str, fields: Mapping[str, Any]) -> None:
+        match kind:
+            case "begin":
+                self._under_way.clear()
+            case "done" | "reused" | "scored":
+                self._under_way.setdefault(fields["group"], []).append(fields["payload"])
+            case "dropped" | "trained":
+                for ordinal in fields["groups"] if kind == "trained" else [fields["group"]]:
+                    self._under_way.pop(ordinal, None)
 
     def keep_rollout(self, group: Group) -> str:
         """Keep a group as its actor has returned it; the digest."""
@@ -123,6 +137,14 @@ class Archive:
     def sync(self) -> int:
         """Have the disk keep all records; the byte offset of their end."""
         return self._ledger.sync()
+
+    def under_way(self) -> list[str]:
+        """The payloads of the groups that are neither trained nor dropped."""
+        return [digest for digests in self._under_way.values() for digest in digests]
+
+    def sync_payloads(self, digests: Iterable[str]) -> None:
+        """Have the disk keep these payloads; for any thread. Raises OSError."""
+        self._payloads.sync(digests)
 
     def prune(self, offset: int) -> None:
         """Remove the oldest payloads of steps trained before `offset`, once all are larger than ledger.payload_gib."""

@@ -107,8 +107,10 @@ class Lab:
                 await self._restart_learner()
 
     async def _attempt(self, checkpoint: Checkpoint | None, reason: str, stack: AsyncExitStack) -> int:
-        config, first = self.plan.config, checkpoint.step if checkpoint else 0
-        coordinator = await self._go_on(checkpoint, reason)
+        config = self.plan.config
+        while (coordinator := await self._go_on(checkpoint, reason)) is None:
+            checkpoint = self.run_dir.newest_valid(self.say)
+        first = checkpoint.step if checkpoint else 0
         writer = MetricsWriter(self.run_dir.path, first_step=first, overview=overview(config.rewards))
         stack.callback(writer.close)
         watchdog = stack.enter_context(self._watchdog(coordinator))
@@ -141,8 +143,11 @@ class Lab:
         self.archive.record([e.Record("end", {"step": steps, "reason": "done" if steps >= config.steps else "stop"})])
         return steps
 
-    async def _go_on(self, checkpoint: Checkpoint | None, reason: str) -> Coordinator:
-        """All parts as they were at the checkpoint, or at the start; the coordinator of the attempt."""
+    async def _go_on(self, checkpoint: Checkpoint | None, reason: str) -> Coordinator | None:
+        """All parts as they were at the checkpoint, or at the start; the coordinator of the attempt.
+
+        None where that would be another run than before: then this one is put aside, for there is an earlier one.
+        """
         config, r = self.plan.config, self.plan.config.rollout
         state = checkpoint.state() if checkpoint else {"step": 0, "ledger_offset": 0, **self._first}
         free = r.max_staleness > 0 and not r.deterministic
@@ -174,10 +179,12 @@ class Lab:
         saved = state.get("coordinator", start)
         lost = [o for o, version in saved["owed"].items() if version < state["step"] and int(o) not in found]
         if r.deterministic and lost:
-            self.say(
-                f"groups {', '.join(map(str, lost))} were sampled by versions that are gone, and are sampled anew: "
-                "from here on this run is another one; remove its newest checkpoint to go further back"
-            )
+            told = f"groups {', '.join(map(str, lost))} cannot be read, and the versions that sampled them are gone"
+            if checkpoint and any(other.step < checkpoint.step for other in self.run_dir.checkpoints()):
+                aside = self.run_dir.put_aside(checkpoint)
+                self.say(f"{told}: checkpoint {checkpoint.path} is moved to {aside.name}, and the one before is used")
+                return None
+            self.say(f"{told}: they are sampled anew, and from here on this run is another one")
         coordinator.load_state_dict(saved, found)
         if checkpoint:
             await self.learner.load(checkpoint.path)

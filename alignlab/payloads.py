@@ -38,7 +38,7 @@ class Corrupt(ValueError):
 
 # ---------------------------------------------------------------- files
 class Payloads:
-    """The payloads of a run in `folder`. Not synced: what a power cut has torn shows by its digest, and is absent."""
+    """The payloads of a run in `folder`. Not synced but by `sync`: what a power cut has torn shows by its digest."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,6 +63,16 @@ class Payloads:
             temporary.unlink(missing_ok=True)
             raise
         return digest
+
+    def sync(self, digests: Iterable[str]) -> None:
+        """Have the disk keep these payloads, where they are there. Raises OSError."""
+        paths = [path for path in map(self.path, digests) if path.exists()]
+        for path in (*paths, *dict.fromkeys(path.parent for path in paths)):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def read(self, digest: str) -> bytes:
         """The payload. Raises Missing and Corrupt; touches nothing."""

@@ -381,6 +381,8 @@ class Run:
         with self.watchdog.waiting("checkpoint", f"step {step}"):
             folder = self.run_dir.begin_checkpoint(step)
             await self.learner.save(folder)
+            if self.plan.config.rollout.deterministic:  # after a power cut it could not sample them again
+                await asyncio.to_thread(self.archive.sync_payloads, self.archive.under_way())
             state = {"step": step, "coordinator": self.coordinator.state_dict(), "rewards": self.composer.state_dict()}
             if self.plan.config.data.sources is not None:
                 state["sources"] = self.prompts.state_dict()

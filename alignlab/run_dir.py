@@ -99,18 +99,22 @@ class RunDir:
             raise UserError(
                 f"{run.path} already holds a run; add --resume to go on with it, or name=OTHER to start another"
             )
-        for folder in ("tensorboard", "rollouts", "evals", "checkpoints", "logs"):
-            try:
-                (run.path / folder).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                why = f"cannot make {run.path}: {error.strerror}; name a folder that you may write to"
-                raise UserError(f"output_dir: {why}") from None
-        write_atomically(run.path / "config.yaml", dump_config(config))
-        attempt = len(list(run.path.glob("environment*.json")))
-        name = "environment.json" if attempt == 0 else f"environment-{attempt}.json"
-        write_atomically(run.path / name, json.dumps(environment(), indent=2) + "\n")
-        run._put_logs_aside(attempt - 1)
+        try:
+            run._furnish(config)
+        except OSError as error:
+            why = f"cannot write to {run.path}: {error.strerror}; name a folder that you may write to, with room in it"
+            raise UserError(f"output_dir: {why}") from None
         return run
+
+    def _furnish(self, config: RunConfig) -> None:
+        """Folders, config and environment for one more attempt. Raises OSError."""
+        for folder in ("tensorboard", "rollouts", "evals", "checkpoints", "logs"):
+            (self.path / folder).mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "config.yaml", dump_config(config))
+        attempt = len(list(self.path.glob("environment*.json")))
+        name = "environment.json" if attempt == 0 else f"environment-{attempt}.json"
+        write_atomically(self.path / name, json.dumps(environment(), indent=2) + "\n")
+        self._put_logs_aside(attempt - 1)
 
     def _begun(self) -> bool:
         """Whether a step has been done or saved."""
@@ -212,13 +216,14 @@ class RunDir:
             checkpoint = found.pop()
             if not (problems := checkpoint.verify()):
                 return checkpoint
-            aside = self._put_checkpoint_aside(checkpoint)
+            aside = self.put_aside(checkpoint)
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             then = f"step {found[-1].step}, the one before, is used" if found else "there is none before it"
             say(f"checkpoint {checkpoint.path} is damaged: {problems[0]}{more}; moved to {aside.name}; {then}")
         return None
 
-    def _put_checkpoint_aside(self, checkpoint: Checkpoint) -> Path:
+    def put_aside(self, checkpoint: Checkpoint) -> Path:
+        """Use a checkpoint no more; where it lies from now on."""
         aside = checkpoint.path.with_name(f"corrupt-{checkpoint.path.name}")
         shutil.rmtree(aside, ignore_errors=True)  # of an earlier time: the newer one says more
         os.rename(checkpoint.path, aside)
