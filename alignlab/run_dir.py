@@ -20,6 +20,7 @@ runs/<name>/config.yaml        the resolved config; `alignlab train` runs it aga
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -178,9 +179,16 @@ class RunDir:
 
     # ------------------------------------------------------------ checkpoints
     def begin_checkpoint(self, step: int) -> Path:
-        """An empty folder to write into; it counts only after `commit_checkpoint`."""
+        """An empty folder to write into; it counts only after `commit_checkpoint`.
+
+        Raises OSError where there is no room for another one: learners that find it out die of it in many ways.
+        """
         path = self.path / "checkpoints" / f".partial-{step:06d}"
         shutil.rmtree(path, ignore_errors=True)
+        if kept := self.checkpoints():
+            size = sum(file.stat().st_size for file in kept[-1].path.rglob("*"))
+            if shutil.disk_usage(path.parent).free < size:
+                raise OSError(errno.ENOSPC, f"No space left on device: a checkpoint takes {size / 2**20:.1f} MiB")
         path.mkdir(parents=True)
         return path
 

@@ -49,8 +49,8 @@ from benches.chaos_driver import Case, drive, preload
 from tests.rig import HashLearner, batches, refused
 
 FAULTS = ("lost", "twice", "unexplained", "audit", "learner", "differs", "unfinished", "behind")
-KINDS = ("driver", "actor", "scorer", "freeze")
-WEIGHTS = (25, 30, 20, 25)
+KINDS = ("driver", "actor", "scorer", "freeze", "pause")  # the first three are killed; an actor, the driver stopped
+WEIGHTS = (25, 25, 20, 20, 10)
 MARK = "ALIGNLAB_CHAOS"  # environment of all that a driver starts
 RUN_SECONDS = 120.0  # of one run, all its drivers together
 GONE_SECONDS = 10.0  # in which all processes of a killed driver are gone
@@ -151,7 +151,7 @@ class Chaos:
         return self._size() - size >= self._strikes[0][1] or seconds > STILL
 
     def _strike(self, driver: int, kind: str) -> None:
-        if kind == "driver":
+        if kind in ("driver", "pause"):
             victims = [driver]
         else:
             known = family(driver)
@@ -161,8 +161,9 @@ class Chaos:
             return
         self.report.strikes[kind] += 1
         victim = self._draw.choice(victims)
-        send(victim, signal.SIGSTOP if kind == "freeze" else signal.SIGKILL)
-        if kind == "freeze":  # shorter than actors.suspect_timeout, longer, or longer than silence_timeout
+        stops = kind in ("freeze", "pause")
+        send(victim, signal.SIGSTOP if stops else signal.SIGKILL)
+        if stops:  # shorter than actors.suspect_timeout, longer, or longer than silence_timeout
             self._frozen[victim] = time.monotonic() + self._draw.choice((0.2, 1.0, 3.0))
 
     def _thaw(self) -> None:

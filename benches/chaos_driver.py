@@ -39,13 +39,15 @@ class Case:
     prompts: int
     group_size: int
     staleness: int
+    window: int | None
+    token_age: int | None
     actors: int
     every: int  # checkpoints
     latency: float  # seconds of an engine's step
     train_seconds: float
     refuse: int  # of so many prompts the engines refuse one; 0: none
     filtered: bool  # the method drops groups whose rewards are equal
-    losing: float  # chance that the learner is lost in a step
+    losing: float  # chance that the learner is lost in a step, or while it is saved
     attempts: int  # rollout.max_attempts
     lease: float  # seconds, rollout.timeout
     small: bool  # so little room for payloads that they are pruned
@@ -54,7 +56,7 @@ class Case:
     def draw(cls, number: int, seed: int) -> Case:
         """Case `number`. Every second one is deterministic; S goes through 0 .. 3."""
         draw = random.Random(f"case/{seed}/{number}")
-        deterministic = number % 2 == 0
+        deterministic, staleness = number % 2 == 0, number // 2 % 4
         return cls(
             number=number,
             seed=draw.randrange(10**6),
@@ -62,7 +64,9 @@ class Case:
             steps=draw.randint(6, 9),
             prompts=draw.randint(2, 3),
             group_size=draw.randint(2, 3),
-            staleness=number // 2 % 4,
+            staleness=staleness,
+            window=draw.choice((None, staleness, staleness + 1)),
+            token_age=draw.choice((None, 0, 1)),
             actors=draw.choice((2, 2, 2, 3, 3, 4)),
             every=draw.choice((1, 2, 3, 4)),
             latency=draw.uniform(0.005, 0.03),
@@ -73,7 +77,7 @@ class Case:
             # A deterministic run ends rather than leave a group out; here it is to come to its end.
             attempts=1000 if deterministic else draw.choice((2, 3, 1000)),
             lease=3600.0 if deterministic else draw.choice((0.7, 3600.0, 3600.0)),
-            small=not deterministic and draw.random() < 0.2,
+            small=draw.random() < 0.2,
         )
 
     @classmethod
@@ -97,6 +101,8 @@ class Case:
                 "prompts": self.prompts,
                 "group_size": self.group_size,
                 "max_staleness": self.staleness,
+                "window": self.window,
+                "max_token_age": self.token_age,
                 "deterministic": self.deterministic,
                 "max_attempts": self.attempts,
                 "timeout": self.lease,

@@ -93,10 +93,10 @@ def told(groups: Sequence[Group], mixture: Mixture) -> str:
 class HashLearner:
     """Its weights are a hash chain over everything that it was given, in order; it remembers which groups those were.
 
-    `lose`: of the number of a step, whether this learner is lost in it. `seconds` that a step takes.
+    `lose`: of the version, whether this learner is lost in its next step or while it is saved. `seconds` of a step.
     """
 
-    def __init__(self, config: RunConfig, *, lose: Callable[[int], bool] = lambda step: False, seconds: float = 0.0):
+    def __init__(self, config: RunConfig, *, lose: Callable[[int], bool] = lambda version: False, seconds: float = 0.0):
         self.state: dict[str, Any] = {"version": 0, "hash": hashlib.sha256(b"start").hexdigest(), "groups": []}
         self._lose, self._seconds = lose, seconds
 
@@ -132,9 +132,14 @@ class HashLearner:
         return snapshot([("weights", values)], self.state["version"], dtype)
 
     async def save(self, folder: Path) -> None:
+        """Raises LearnerLost where it is to be lost."""
+        from learner.pool import LearnerLost
+
         for name in ("model", "trainer"):
             (folder / name).mkdir()
         (folder / "model" / "weights.txt").write_text(self.hash)
+        if self._lose(self.state["version"]):
+            raise LearnerLost("the learner is lost while it is saved, as it was told")
         (folder / "trainer" / "state.json").write_text(json.dumps(self.state))
 
     async def load(self, folder: Path) -> int:

@@ -114,6 +114,16 @@ def test_a_disk_that_is_full_at_the_start_is_the_users_to_mend(tmp_path, write):
     assert RunDir.create(run_config(tmp_path), resume=False).checkpoints() == []
 
 
+def test_no_checkpoint_is_begun_without_room_for_it(tmp_path, monkeypatch):
+    run = rig(tmp_path)
+    run.run()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 100, 100))
+    with pytest.raises(OSError, match="a checkpoint takes") as error:
+        RunDir(run.folder).begin_checkpoint(9)
+    assert error.value.errno == errno.ENOSPC
+    assert [path.name for path in sorted((run.folder / "checkpoints").iterdir())] == ["step-000006", "step-000008"]
+
+
 SMALL = """
 import os, subprocess, sys, traceback
 from pathlib import Path
