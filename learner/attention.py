@@ -1,12 +1,13 @@
 """Attention for packed rows: sequences concatenated into one row [1, N], none of which sees another.
 
-The completions of a group share their prompt: it is in the row once, so all matrices work on it once, and only
-attention lays it out before each completion. With prompts as long as completions that nearly halves the work.
+The completions of a group share their prompt, which is in the row once: matrices work on it once, and so does
+attention. It looks at itself once, and all completions of the group look at it in one call. What a completion sees of
+its prompt and of itself is computed apart and joined by the logarithms of the softmax denominators:
 
-transformers' own sdpa path for packed rows builds a dense [N, N] mask and computes all N^2 scores: a hundred times too
-many for a hundred short sequences. Here everything but attention stays padding-free; for attention alone the tokens are
-laid out as right-padded rectangles, one per class of similar lengths, where plain causal attention is exact: a padding
-cell comes after every real token, so causality already hides it and no mask is needed (the fastest kernels take none).
+    lse = log(e^lse_1 + e^lse_2)      out = e^(lse_1 - lse) out_1 + e^(lse_2 - lse) out_2
+
+which is attention to both, to rounding (`learner.kernels`). All else in a model does not look across tokens, so nothing
+is padded but the cells of the attention on CPU.
 
     transformers:  AttentionInterface 'packed_sdpa' (no mask function is registered under this name, so the model builds
     no mask); the model call carries `packing=Packing`, which transformers hands on to `packed_sdpa`.
@@ -16,69 +17,97 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from core.errors import UserError
+from learner.kernels import Part, Span, causal, classes, crossing
 
 NAME = "packed_sdpa"
 
 
 @dataclass(frozen=True)
-class Rectangle:
-    """Sequences of similar lengths, right-padded to [b, t]. cells: [b * t] int64, which token of the row each cell is.
-
-    A padding cell is any token: nothing reads it.
-    """
-
-    b: int
-    t: int
-    cells: Tensor
-
-
-@dataclass(frozen=True)
 class Packing:
-    """Where the sequences of a row lie. `places` [N] int64: a cell of each token in all rectangles laid end to end."""
+    """Where the sequences of a row lie: the span of each one's prompt and of its completion, which may be empty.
 
-    rectangles: tuple[Rectangle, ...]
-    places: Tensor
-
-
-def packing(
-    prompts: Sequence[tuple[int, int]], completions: Sequence[tuple[int, int]], device: torch.device | str = "cpu"
-) -> Packing:
-    """The packing of sequences given by (first token, number of tokens) of their prompt and of their completion.
-
-    Sequences may have a prompt in common: its tokens are in the row once and in several cells. Every token of the row
-    belongs to a sequence. A rectangle takes sequences down to half of its longest one, so padding never doubles the
-    cells and the number of rectangles grows with the logarithm of the longest length.
+    Sequences may have a prompt in common. Every token of the row belongs to a sequence.
     """
-    prompt_start, prompt_length = torch.tensor(prompts).T
-    start, length = torch.tensor(completions).T
-    lengths = prompt_length + length
-    order = torch.argsort(lengths, descending=True, stable=True)
-    rectangles, filled = [], 0
-    places = torch.empty(int(torch.maximum(prompt_start + prompt_length, start + length).max()), dtype=torch.int64)
-    while len(order):
-        longest = int(lengths[order[0]])
-        fits = 2 * lengths[order] >= longest
-        members, order = order[fits], order[~fits]
-        step = torch.arange(longest)
-        in_prompt = step < prompt_length[members, None]
-        cells = torch.where(
-            in_prompt, prompt_start[members, None] + step, (start - prompt_length)[members, None] + step
-        )
-        real = step < lengths[members, None]
-        cells = cells.where(real, 0).flatten()
-        real = real.flatten().nonzero()[:, 0]
-        places[cells[real]] = filled + real
-        filled += len(cells)
-        rectangles.append(Rectangle(len(members), longest, cells.to(device)))
-    return Packing(tuple(rectangles), places.to(device))
+
+    prompts: Sequence[Span]
+    completions: Sequence[Span]
+    device: torch.device
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(p[1] + c[1] for p, c in zip(self.prompts, self.completions, strict=True))
+
+    @cached_property
+    def own(self) -> list[Part]:
+        """Each token's attention to its own span: every token is in one of these parts."""
+        return causal(self._spans[0], self.device)
+
+    @cached_property
+    def shared(self) -> list[Part]:
+        """Attention of completions to the prompt that they have in common with others."""
+        return crossing(*self._spans[1:], self.device)
+
+    @cached_property
+    def _spans(self) -> tuple[list[Span], list[Span], list[Span]]:
+        """Spans that look at themselves; spans that look at a prompt; that prompt's span."""
+        own: list[Span] = []
+        queries: list[Span] = []
+        keys: list[Span] = []
+        pairs = sorted(zip(self.prompts, self.completions, strict=True))
+        for prompt, members in groupby(pairs, key=lambda pair: pair[0]):
+            spans = [completion for _, completion in members if completion[1]]
+            if len(spans) == 1 and spans[0][0] == sum(prompt):  # alone with its prompt: nothing to share
+                own.append((prompt[0], prompt[1] + spans[0][1]))
+                continue
+            own += [prompt, *spans]
+            runs = _runs(spans)
+            queries += runs
+            keys += [prompt] * len(runs)
+        return own, queries, keys
+
+    @cached_property
+    def rectangles(self) -> tuple[list[tuple[int, Tensor]], Tensor]:
+        """Whole sequences right-padded, for kernels that know no parts: (sequences, token of each cell), and [N] a cell
+        of each token in all rectangles laid end to end. A padding cell is token 0."""
+        spans = {(i, p[1] + c[1]): (p, c) for i, (p, c) in enumerate(zip(self.prompts, self.completions, strict=True))}
+        found, places, filled = [], {}, 0
+        for members in classes(list(spans)):
+            width, cells = members[0][1], []
+            for prompt, completion in map(spans.__getitem__, members):
+                tokens = [*range(prompt[0], sum(prompt)), *range(completion[0], sum(completion))]
+                places |= {token: filled + len(cells) + i for i, token in enumerate(tokens)}
+                cells += tokens + [0] * (width - len(tokens))
+            filled += len(cells)
+            found.append((len(members), torch.tensor(cells, device=self.device)))
+        return found, torch.tensor([places[token] for token in range(len(places))], device=self.device)
+
+
+def packing(prompts: Sequence[Span], completions: Sequence[Span], device: torch.device | str = "cpu") -> Packing:
+    """The packing of sequences given by (first token, number of tokens) of their prompt and of their completion."""
+    return Packing(list(prompts), list(completions), torch.device(device))
+
+
+def _runs(spans: Sequence[Span]) -> list[Span]:
+    """The same tokens in as few spans as possible; `spans` are sorted."""
+    runs: list[Span] = []
+    for start, length in spans:
+        if runs and sum(runs[-1]) == start:
+            runs[-1] = (runs[-1][0], runs[-1][1] + length)
+        else:
+            runs.append((start, length))
+    return runs
 
 
 def packed_sdpa(
@@ -97,21 +126,61 @@ def packed_sdpa(
     **ignored: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, heads, N, d], key, value [1, kv heads, N, d] -> [1, N, heads, d]."""
-    if softcap is not None or s_aux is not None or attention_mask is not None:
+    if softcap is not None or s_aux is not None or attention_mask is not None or dropout:
         raise UserError(
             f"model.attention: 'sdpa' cannot compute {type(module).__name__}, which caps its scores, has attention "
-            "sinks or makes masks of its own; use eager or flash_attention_2"
+            "sinks, drops some or makes masks of its own; use eager or flash_attention_2"
         )
     query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = None if sliding_window is None or sliding_window >= packing.longest else sliding_window
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if window is not None or query.shape[-1] != value.shape[-1] or (query.is_cuda and not half):
+        return _whole(query, key, value, packing, scale, window)[None], None
+    return _Joined.apply(query, key, value, packing, scale)[None], None
+
+
+class _Joined(torch.autograd.Function):
+    """Attention as the join of parts; [N, heads, d], [N, kv heads, d] twice -> [N, heads, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
+        out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+        for part in packing.own:
+            out[part.tokens], lse[part.tokens] = part.forward(query, key, value, scale)
+        for part in packing.shared:
+            more, log = part.forward(query, key, value, scale)
+            before = lse[part.tokens]
+            both = torch.logaddexp(before, log)
+            share = (log - both).exp_()[..., None].to(more.dtype)  # of the softmax that is on the prompt
+            out[part.tokens] = out[part.tokens].lerp_(more, share)
+            lse[part.tokens] = both
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.packing, ctx.scale = packing, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        into = (torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value))
+        for part in (*ctx.packing.own, *ctx.packing.shared):
+            part.backward(grad, query, key, value, out, lse, ctx.scale, into)
+        return *into, None, None
+
+
+def _whole(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
+    """The same with every prompt laid out before each of its completions, by torch's own attention."""
+    rectangles, places = packing.rectangles
     outputs = []
-    for r in packing.rectangles:
-        q, k, v = (_ToRectangle.apply(x, r).transpose(1, 2) for x in (query, key, value))
-        band = _band(r.t, sliding_window, q.device)
+    for b, cells in rectangles:
+        q, k, v = (x.index_select(0, cells).view(b, -1, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
+        band = _band(q.shape[2], window, q.device)
         out = scaled_dot_product_attention(
-            q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=True
+            q, k, v, attn_mask=band, is_causal=band is None, scale=scale, enable_gqa=True
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return _FromRectangles.apply(torch.cat(outputs), packing)[None], None
+    return torch.cat(outputs).index_select(0, places)
 
 
 def _band(t: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -120,37 +189,6 @@ def _band(t: int, window: int | None, device: torch.device) -> Tensor | None:
         return None
     causal = torch.ones(t, t, dtype=torch.bool, device=device).tril()
     return causal & ~causal.tril(-window)
-
-
-class _ToRectangle(torch.autograd.Function):
-    """[N, heads, d] -> [b, t, heads, d]. A token's gradient is the sum over its cells (of padding: zero)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rectangle: Rectangle) -> Tensor:
-        ctx.rectangle, ctx.shape = rectangle, x.shape
-        return x[rectangle.cells].view(rectangle.b, rectangle.t, *x.shape[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out = grad.new_zeros(ctx.shape)
-        if grad.is_cuda:  # here the order of index_add_ is not fixed, that of index_put_ is
-            return out.index_put_((ctx.rectangle.cells,), grad.flatten(0, 1), accumulate=True), None
-        return out.index_add_(0, ctx.rectangle.cells, grad.flatten(0, 1)), None
-
-
-class _FromRectangles(torch.autograd.Function):
-    """All rectangles' cells -> [N, heads, d]; the gradient of a cell that is not read is zero."""
-
-    @staticmethod
-    def forward(ctx: Any, cells: Tensor, packing: Packing) -> Tensor:
-        ctx.packing, ctx.shape = packing, cells.shape
-        return cells[packing.places]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out = grad.new_zeros(ctx.shape)
-        out[ctx.packing.places] = grad
-        return out, None
 
 
 AttentionInterface.register(NAME, packed_sdpa)

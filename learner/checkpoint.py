@@ -3,6 +3,8 @@
     trainer/   torch.distributed.checkpoint: float32 master weights and optimiser state, each rank its shards, readable
                by any number of ranks; counters and the method's memory in learner.json
     model/     Hugging Face folder: config, generation config, tokenizer, safetensors in the model's `dtype`
+    adapter/   with LoRA: the adapters as a folder of peft's. Then trainer/ holds nothing else either, and model/ holds
+               the weights with the adapters merged into them
 
 There is no random state to save: nothing in the learner draws numbers except the order of the groups, which is a
 function of (seed, step). The caller renames the folder when everything is in it, so nothing here is atomic by itself.
@@ -20,11 +22,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from core.errors import UserError
-from learner.model import full, named_tensors
+from learner import adapters
+from learner.model import changing, full, whole_tensors
 from learner.optim import Optimizer
 from learner.ranks import Ranks
 
@@ -61,14 +65,26 @@ def load_trainer(folder: Path, trained: Trained, ranks: Ranks) -> dict[str, Any]
 def save_model(folder: Path, hf: PreTrainedModel, tokenizer_path: str, dtype: torch.dtype, ranks: Ranks) -> None:
     """Write the Hugging Face folder on rank 0 (whose memory holds one full copy in `dtype`) and fsync it."""
     tensors: dict[str, Tensor] = {}
-    for name, tensor in named_tensors(hf):
-        whole = full(tensor)
+    for name, whole in whole_tensors(hf):
         if ranks.rank == 0:
             tensors[name] = whole.to("cpu", dtype if whole.is_floating_point() else whole.dtype)
     if ranks.rank == 0:
         hf.config.dtype = dtype
         hf.save_pretrained(folder, state_dict=tensors)
         AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(folder)
+        flush(folder)
+    ranks.wait()
+
+
+def save_adapter(folder: Path, hf: PreTrainedModel, ranks: Ranks) -> None:
+    """Write the folder that `peft.PeftModel.from_pretrained(base, folder)` reads, on rank 0, float32, and fsync it."""
+    tensors: dict[str, Tensor] = {}
+    for name, pair in adapters.pairs(hf).items():
+        for kind, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
+            tensors[f"base_model.model.{name.removesuffix('weight')}{kind}.weight"] = full(tensor).cpu()
+    if ranks.rank == 0:
+        hf.peft_config[adapters.OURS].save_pretrained(folder)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         flush(folder)
     ranks.wait()
 
@@ -96,7 +112,7 @@ def _state(trained: Trained) -> dict[str, Tensor]:
     """The live tensors by name; torch.distributed.checkpoint reads into them."""
     state: dict[str, Tensor] = {}
     for prefix, (hf, optimiser) in trained.items():
-        state |= {f"{prefix}model/{name}": tensor.detach() for name, tensor in named_tensors(hf)}
+        state |= {f"{prefix}model/{name}": tensor.detach() for name, tensor in changing(hf)}
         if optimiser is not None:
             state |= {f"{prefix}optimizer/{name}": tensor for name, tensor in optimiser.state()}
     return state

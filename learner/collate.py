@@ -52,10 +52,12 @@ class Sequences:
     def cost(self, rows: Sequence[int], hidden: int) -> int:
         """Work on rows of one group, in units of 2 * hidden operations per layer.
 
-        Per token the matrices of a block do about 24 * hidden^2 operations, causal attention 2 * hidden * length.
+        Per token the matrices of a block do about 24 * hidden^2 operations; attention does 4 * hidden for each pair of
+        a token and one that it sees: half of prompt^2, once, and of each completion half of its square and its prompt.
         """
-        squares = sum((len(self.prompts[r]) + len(self.completions[r])) ** 2 for r in rows)
-        return 12 * hidden * self.length(rows) + squares
+        prompt = len(self.prompts[rows[0]])
+        pairs = sum((prompt + len(self.completions[r])) ** 2 - prompt**2 for r in rows)
+        return 12 * hidden * self.length(rows) + prompt**2 + pairs
 
     def units(self, most: int, share: bool) -> list[list[int]]:
         """Rows that are packed together: those of a group (each its own without `share`), cut at `most` tokens.

@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import resource
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,20 +29,21 @@ from torch import Tensor
 from algos.batch import Batch
 from algos.loss import advantages, late, loss, normalise, remember
 from algos.method import Method
-from algos.metrics import derived
-from core.config import RunConfig
+from core.config import LoraConfig, RunConfig
 from core.errors import UserError
 from core.schema import Group, Mixture
 from learner import checkpoint
 from learner.collate import Micro, Sequences, collate, split
+from learner.flops import peak
 from learner.gram import gradients, gram, pulls
 from learner.logprobs import divergences, hidden_gradients, sum_of_squares, tempered
-from learner.metrics import Totals
+from learner.meter import Meter
+from learner.metrics import Report, Totals, over_ranks
 from learner.mixture import mixed, reference_kl
-from learner.model import Policy, Reader, as_published, full, load_policy, local, named_tensors
+from learner.model import Policy, Reader, as_published, handed_over, load_policy, local, named_tensors
 from learner.optim import Optimizer, schedule
 from learner.ranks import Ranks
-from learner.token_model import ROLES, TokenModel, load_companions
+from learner.token_model import ROLES, load_companions
 
 Result = TypeVar("Result")
 
@@ -53,6 +53,9 @@ SUPPLIED |= {"demonstrations", "preferences", "greedy", "answers", "baselines", 
 SUPPLIED |= {"credit", "token_scores", "sum_pi_sq", "tempered", "divergence"}
 
 PLAIN = Mixture()
+
+Says = Callable[..., tuple[Tensor, ...]]
+"""(micro, reader or nothing) -> numbers [M]: a model, or the policy without its adapters."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,12 @@ class Learner:
             raise UserError(f"method: '{method.name}' needs {', '.join(missing)}, which this learner does not supply")
         self.config, self.method, self.skipped = config, method, skipped
         self.ranks = ranks or Ranks()
-        self.policy = self._load(config.model.path, checkpointing=config.learner.activation_checkpointing)
-        self.reference: Policy | None = None
+        lora = config.model.lora
+        self.policy = self._load(config.model.path, config.learner.activation_checkpointing, lora)
+        self.reference: Says | None = None
         if "ref" in method.needs or reference:
-            self.reference = self._load(config.model.reference or config.model.path)
-            self.reference.requires_grad_(False)
+            own = config.model.reference or (None if lora else config.model.path)
+            self.reference = self._load(own).requires_grad_(False) if own else self.policy.without_adapters
         self.optimiser = Optimizer(
             config.learner.optimizer, self.policy.hf.named_parameters(), self.policy.block_parameters()
         )
@@ -104,6 +108,7 @@ class Learner:
         self.taught = [field for need, (field, _) in ROLES.items() if need in method.needs]  # the others stay frozen
         self._memory: list[dict[str, Any]] = [{} for _ in method.memory]
         self._steps_done = 0
+        self._meter = Meter(self.ranks.device)
 
     @property
     def steps_done(self) -> int:
@@ -118,11 +123,10 @@ class Learner:
         mixture: how the groups' columns become advantages. Groups of demonstrations have no rollout_logprobs, versions
         or totals.
         """
-        started = time.perf_counter()
+        self._meter.begin()
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         method, batch, sequences = self._before(groups, version, mixture)
-        before = time.perf_counter() - started
         totals, factor = Totals(), self._factor()
         given = torch.full((len(batch.group),), math.nan, dtype=torch.float64, device=self.ranks.device)
         for number, rows in enumerate(self._minibatches(batch.group)):
@@ -134,15 +138,15 @@ class Learner:
                 minibatch = replace(minibatch, old_logprobs=None)
             minibatch = self._prepared(method, minibatch, tokens, totals)
             given[index] = _advantage(minibatch)
-            self._update(minibatch, tokens, factor, totals, groups)
+            with self._meter("gradients"):
+                self._update(minibatch, tokens, factor, totals, groups)
         self._steps_done += 1
         if self._moves_reference and self._steps_done % self.config.model.reference_every == 0:
             self._move_reference()
-        elapsed = time.perf_counter() - started
         each = iter(given.tolist())
         kl = reference_kl(batch)
         return StepResult(
-            self._metrics(totals, batch, factor, before, elapsed),
+            self._metrics(totals, batch, factor),
             [[next(each) for _ in g.completions] for g in groups],
             None if kl is None else kl.tolist(),
         )
@@ -212,7 +216,7 @@ class Learner:
     @torch.no_grad()
     def _move_reference(self) -> None:
         """ref <- (1 - share) ref + share policy; both are sharded alike, so every rank moves its own parts."""
-        assert self.reference is not None
+        assert isinstance(self.reference, Policy)  # a reference without weights of its own is refused with the config
         for (_, ours), (_, theirs) in zip(named_tensors(self.policy.hf), named_tensors(self.reference.hf), strict=True):
             local(theirs).lerp_(local(ours).to(theirs.dtype), self.config.model.reference_share)
 
@@ -262,12 +266,16 @@ class Learner:
                 micro.rectangle(entropy, width),
                 **{field: micro.rectangle(x, width) for field, x in given.items()},
             )
+            for model in (self.policy, *(self.companions[field].model for field in given)):
+                self._meter.count(model.hf, micro, gradient=True)
             # FSDP2 averages gradients over the ranks; parts are to be summed.
             (output.loss * self.ranks.world).backward()
             value += output.loss.detach()
             totals.add(output.metrics)
             totals.add({"learner/tokens": (micro.tokens.numel(), 1)})
-        self._apply(self.ranks.sum(value).item(), factor, totals, [int(g) for g in minibatch.group.unique()], groups)
+        with self._meter("optimizer"):
+            numbers = [int(g) for g in minibatch.group.unique()]
+            self._apply(self.ranks.sum(value).item(), factor, totals, numbers, groups)
 
     def _apply(self, value: float, factor: float, totals: Totals, numbers: list[int], groups: Sequence[Group]) -> None:
         """Clip and step, unless the loss or a gradient is not finite: then keep the batch and leave the weights."""
@@ -307,14 +315,12 @@ class Learner:
             yield Micro.of(sequences, rows, self.ranks.device, share)
 
     @torch.no_grad()
-    def _without_gradient(
-        self, model: Policy | TokenModel, sequences: Sequences, batch: Batch, *read: Reader
-    ) -> list[Tensor]:
+    def _without_gradient(self, model: Says, sequences: Sequences, batch: Batch, *read: Reader) -> list[Tensor]:
         """What `model` says of all rows, each [B, T] on every rank, 0 outside the completions.
 
         A policy says log-probs and entropies, or what `read` makes of it.
         """
-        return self._gathered(batch, ((micro, model(micro, *read)) for micro in self._share(sequences)))
+        return self._gathered(model, batch, ((micro, model(micro, *read)) for micro in self._share(sequences)))
 
     @torch.no_grad()
     def _divergence(self, sequences: Sequences, batch: Batch) -> Tensor:
@@ -325,20 +331,24 @@ class Learner:
             groups = torch.tensor(numbers, device=self.ranks.device)
             return self.policy(micro, divergences(micro.row, micro.step, groups, Counter(sequences.groups)))
 
-        (found,) = self._gathered(batch, ((micro, said(micro)) for micro in self._share(sequences, whole_groups=True)))
+        answers = ((micro, said(micro)) for micro in self._share(sequences, whole_groups=True))
+        (found,) = self._gathered(self.policy, batch, answers)
         return found
 
-    def _gathered(self, batch: Batch, answers: Iterable[tuple[Micro, tuple[Tensor, ...]]]) -> list[Tensor]:
-        """Answers of all micro-batches of all ranks as rectangles [B, T]."""
+    def _gathered(self, model: Says, batch: Batch, answers: Iterable[tuple[Micro, tuple[Tensor, ...]]]) -> list[Tensor]:
+        """A model's answers to all micro-batches of all ranks as rectangles [B, T]."""
+        hf = getattr(model, "hf", self.policy.hf)  # the policy without its adapters is not a model of its own
         rows, width = batch.mask.shape
         found: list[Tensor] = []
-        for micro, values in answers:
-            found = found or [torch.zeros(rows, width, device=self.ranks.device) for _ in values]
-            for rectangle, value in zip(found, values, strict=True):
-                if micro.rows:
-                    rectangle[micro.rows] = micro.rectangle(value, width)
-        # Each cell is filled by one rank and zero on the others, so the sum is exact and the same bits everywhere.
-        return [self.ranks.sum(rectangle) for rectangle in found]
+        with self._meter("passes"):
+            for micro, values in answers:
+                self._meter.count(hf, micro)
+                found = found or [torch.zeros(rows, width, device=self.ranks.device) for _ in values]
+                for rectangle, value in zip(found, values, strict=True):
+                    if micro.rows:
+                        rectangle[micro.rows] = micro.rectangle(value, width)
+            # Each cell is filled by one rank and zero on the others, so the sum is exact and the same bits everywhere.
+            return [self.ranks.sum(rectangle) for rectangle in found]
 
     # --- numbers ----------------------------------------------------------------------------------------------------
 
@@ -347,28 +357,12 @@ class Learner:
         text = f"learner/{purpose}/{self.config.seed}/{self._steps_done}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % 2**63
 
-    def _metrics(self, totals: Totals, batch: Batch, factor: float, before: float, elapsed: float) -> dict[str, float]:
+    def _metrics(self, totals: Totals, batch: Batch, factor: float) -> dict[str, float]:
         """The step's metrics over all ranks; the method's own of the whole step come from `batch.metrics`."""
-        reports = self.ranks.gather((totals.numbers(), before, elapsed, self._peak_memory()))
-        merged, step_level = Totals(), Totals()
-        for numbers, *_ in reports:
-            merged.add(numbers)
-        step_level.add(batch.metrics)
-        passes, befores, seconds, memory = zip(*reports, strict=True)
-        tokens = merged.pairs.get("learner/tokens", (0.0, 0.0))[0]
-        return {
-            **derived({**step_level.means(), **merged.means()}),
-            # Every rank counts every update, so these are sums over the updates and not over the ranks.
-            **{n: merged.pairs.get(n, (0.0, 0.0))[0] / self.ranks.world for n in ("optim/skipped", "optim/empty")},
-            "optim/lr": self.config.learner.optimizer.lr * factor,
-            "learner/tokens": tokens,
-            "learner/tokens_per_second": tokens / max(seconds),
-            "learner/micro_batches": max(numbers.get("learner/tokens", (0.0, 0.0))[1] for numbers in passes),
-            "learner/peak_memory_gib": max(memory),
-            "time/learner": max(seconds),
-            "time/learner_before": max(befores),
-            "time/learner_updates": max(t - b for t, b in zip(seconds, befores, strict=True)),
-        }
+        reports = self.ranks.gather(Report(totals.numbers(), self._meter.end(), self._peak_memory()))
+        best = peak(self.ranks.device, getattr(torch, self.config.model.dtype))
+        lr = self.config.learner.optimizer.lr * factor
+        return {"optim/lr": lr, **over_ranks(reports, batch.metrics, best)}
 
     def _peak_memory(self) -> float:
         if self.ranks.device.type == "cuda":
@@ -378,12 +372,12 @@ class Learner:
     # --- weights and files ------------------------------------------------------------------------------------------
 
     def export(self, visit: Callable[[Iterator[tuple[str, Tensor]]], Result]) -> Result | None:
-        """Full float32 tensors by Hugging Face name, gathered one at a time; tied weights once.
+        """Full float32 tensors by Hugging Face name, gathered one at a time; tied weights once. Of LoRA the adapters.
 
         Every rank calls it; rank 0 calls `visit(iterator)` and returns what it returns, the others return None.
         """
         hf = self.policy.hf
-        gathered = ((name, full(tensor)) for name, tensor in named_tensors(hf))
+        gathered = handed_over(hf)
         published = (item for name, whole in gathered for item in as_published(hf, name, whole).items())
         try:
             return visit(published) if self.ranks.rank == 0 else None
@@ -393,12 +387,15 @@ class Learner:
                 pass
 
     def save(self, folder: Path) -> None:
-        """Write the trainer's state to `folder`/trainer and a Hugging Face model to `folder`/model, and fsync both.
+        """Write the trainer's state to `folder`/trainer, a Hugging Face model to `folder`/model, adapters also to
+        `folder`/adapter, and fsync all.
 
         `folder` exists and is the caller's to rename. Every rank calls it.
         """
         model, dtype = self.config.model, getattr(torch, self.config.model.dtype)
         checkpoint.save_model(folder / "model", self.policy.hf, model.path, dtype, self.ranks)
+        if model.lora is not None:
+            checkpoint.save_adapter(folder / "adapter", self.policy.hf, self.ranks)
         counters = {"steps_done": self._steps_done, "memory": self._memory}
         checkpoint.save_trainer(folder / "trainer", self._trained(), counters, self.ranks)
 
@@ -412,7 +409,7 @@ class Learner:
         reference = {"reference/": (self.reference.hf, None)} if self._moves_reference and self.reference else {}
         return {"": (self.policy.hf, self.optimiser), **companions, **reference}
 
-    def _load(self, path: str, checkpointing: bool = False) -> Policy:
+    def _load(self, path: str, checkpointing: bool = False, lora: LoraConfig | None = None) -> Policy:
         return load_policy(
             self.config.model,
             path,
@@ -420,6 +417,8 @@ class Learner:
             temperature=self.config.rollout.temperature,
             chunk=self.config.learner.logprob_chunk,
             checkpointing=checkpointing,
+            lora=lora,
+            seed=self.config.seed,
         )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
+
+from algos.metrics import derived
+from learner.meter import Spent
 
 METRICS: dict[str, tuple[str, str, str]] = {
     # name: (meaning, healthy range, what to do outside it)
@@ -51,13 +55,35 @@ METRICS: dict[str, tuple[str, str, str]] = {
         "below 0.9 of the device",
         "lower learner.token_budget or logprob_chunk; set activation_checkpointing",
     ),
-    "time/learner_before": (
-        "seconds of collating, of passes without gradient (old, reference) and of the advantages",
-        "below half of time/learner",
-        "a step with one update needs no pass for old log-probs",
+    "learner/flops": (
+        "operations that the step's passes need, of all ranks: a multiplication and an addition are two; what is "
+        "computed twice to save memory counts once; absent for models whose operations are not known",
+        "as learner/tokens",
+        "",
     ),
-    "time/learner_updates": ("seconds of forward, backward and optimiser passes", "most of time/learner", ""),
-    "time/learner": ("seconds of the whole step on the slowest rank", "steady", "see learner/tokens_per_second"),
+    "learner/flops_per_second": ("learner/flops by the seconds of the whole step", "steady", "see learner/mfu"),
+    "learner/mfu": (
+        "learner/flops_per_second by what matrix products alone reach on as many devices of this kind, at model.dtype",
+        "above 0.3",
+        "raise learner.token_budget; see which of time/learner_* is long; `profile: true` shows the operators",
+    ),
+    "time/learner": (
+        "seconds of the whole step on the slowest rank; the four below are its parts",
+        "steady",
+        "see learner/tokens_per_second",
+    ),
+    "time/learner_collate": (
+        "seconds of collating, of the advantages, and of all that is in no other part",
+        "far below time/learner",
+        "many short completions: fewer, longer groups cost less",
+    ),
+    "time/learner_passes": (
+        "seconds of passes without gradient: old and reference log-probs, critics",
+        "below half of time/learner",
+        "a step with one update needs no pass for old log-probs; leave the KL term out if it is not needed",
+    ),
+    "time/learner_gradients": ("seconds of forward and backward passes", "most of time/learner", "add learner ranks"),
+    "time/learner_optimizer": ("seconds of clipping and of the optimiser", "far below time/learner", ""),
 }
 
 
@@ -81,3 +107,46 @@ class Totals:
     def means(self) -> dict[str, float]:
         """sum / count by name; NaN where nothing was counted: missing is not zero."""
         return {n: total / count if count else math.nan for n, (total, count) in self.numbers().items()}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank says of a step: sums and counts by name, what it was spent on, its highest memory in GiB."""
+
+    pairs: dict[str, tuple[float, float]]
+    spent: Spent
+    memory: float
+
+
+def over_ranks(
+    ranks: Sequence[Report], whole: Mapping[str, tuple[Tensor | float, Tensor | float]], peak: float
+) -> dict[str, float]:
+    """The metrics of a step. `whole`: pairs that are of all ranks; `peak`: operations a second of one device."""
+    merged, step_level = Totals(), Totals()
+    for report in ranks:
+        merged.add(report.pairs)
+    step_level.add(whole)
+    tokens = merged.pairs.get("learner/tokens", (0.0, 0.0))[0]
+    return {
+        **derived({**step_level.means(), **merged.means()}),
+        # Every rank counts every update, so these are sums over the updates and not over the ranks.
+        **{n: merged.pairs.get(n, (0.0, 0.0))[0] / len(ranks) for n in ("optim/skipped", "optim/empty")},
+        "learner/tokens": tokens,
+        "learner/tokens_per_second": tokens / max(report.spent.seconds for report in ranks),
+        "learner/micro_batches": max(report.pairs.get("learner/tokens", (0.0, 0.0))[1] for report in ranks),
+        "learner/peak_memory_gib": max(report.memory for report in ranks),
+        **spending([report.spent for report in ranks], peak),
+    }
+
+
+def spending(ranks: Sequence[Spent], peak: float) -> dict[str, float]:
+    """Seconds by phase, of the slowest rank so that they sum to its time; operations of all ranks, where known."""
+    slowest = max(ranks, key=lambda spent: spent.seconds)
+    times = {f"time/learner_{phase}": seconds for phase, seconds in slowest.phases.items()}
+    found = {"time/learner": slowest.seconds, **times}
+    operations = [spent.operations for spent in ranks if spent.operations is not None]
+    if len(operations) < len(ranks):
+        return found
+    rate = sum(operations) / slowest.seconds
+    work = {"learner/flops": sum(operations), "learner/flops_per_second": rate}
+    return {**found, **work, "learner/mfu": rate / (peak * len(ranks))}

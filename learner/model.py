@@ -1,11 +1,13 @@
 """The policy: a transformers causal language model that answers one question: how likely were these tokens?
 
 Master weights are float32 and sharded with FSDP2, block by block; the forward and backward pass compute in the
-model's `dtype`. The Hugging Face model keeps its own parameter names, so what is exported and saved is what vLLM loads.
+model's `dtype`, in which frozen weights (those beside which adapters are trained) are also kept. Names and shapes
+outside are those of the Hugging Face model, so what is exported and saved is what vLLM loads.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -16,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from core.config import ModelConfig
+from core.config import LoraConfig, ModelConfig
 from core.errors import UserError
-from learner import attention
+from learner import adapters, attention
 from learner.collate import Micro, Sequences
 from learner.logprobs import Head, token_logprobs
 from learner.ranks import Ranks
@@ -73,18 +75,38 @@ class Policy(Packed):
         bias = getattr(head, "bias", None)
         return read(self.hidden(micro), head.weight, bias, micro.targets, self.head, self.chunk)
 
+    def without_adapters(self, micro: Micro, *read: Reader) -> tuple[Tensor, ...]:
+        """What the policy said before it was trained: a reference that takes no memory. It leaves no gradient."""
+        with torch.no_grad(), adapters.disabled(self.hf):
+            return self(micro, *read)
+
 
 def load_policy(
-    config: ModelConfig, path: str, ranks: Ranks, *, temperature: float, chunk: int, checkpointing: bool = False
+    config: ModelConfig,
+    path: str,
+    ranks: Ranks,
+    *,
+    temperature: float,
+    chunk: int,
+    checkpointing: bool = False,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
 ) -> Policy:
-    """The model at `path` (a folder or hub name), float32, on this rank, sharded where there is something to shard.
+    """The model at `path` (a folder or hub name) on this rank, sharded where there is something to shard.
 
-    Raises UserError when transformers cannot load it or `_check` finds other log-probs.
+    What is trained is float32: everything, or with `lora` the adapters, which the seed draws. Raises UserError when
+    transformers cannot load it or `_check` finds other log-probs.
     """
+    dtype = getattr(torch, config.dtype)
     policy = Policy(load_hf(AutoModelForCausalLM, config, path, "model.path", checkpointing), temperature, chunk)
+    if lora is not None:
+        adapters.inject(policy.hf, lora, seed)
+        _check_names(policy.hf)
     if config.attention != "flash_attention_2":  # its kernels do not run here, on CPU and in float32
         _check(policy, path)
-    return shard(policy, getattr(torch, config.dtype), ranks)
+    for frozen in (p for p in policy.parameters() if not p.requires_grad):
+        frozen.data = frozen.data.to(dtype)
+    return shard(policy, dtype, ranks)
 
 
 def load_hf(
@@ -127,19 +149,55 @@ def shard(model: Model, dtype: torch.dtype, ranks: Ranks) -> Model:
         return model.to(ranks.device)
     mesh = ranks.mesh()
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # On one rank a frozen weight, which has its dtype, needs nothing of FSDP2 either.
+    plain = {p for p in model.parameters() if not p.requires_grad} if ranks.world == 1 else None
     for name in model.blocks:
-        fully_shard(model.hf.get_submodule(name), mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+        fully_shard(model.hf.get_submodule(name), mesh=mesh, mp_policy=precision, ignored_params=plain)
+    fully_shard(model, mesh=mesh, mp_policy=precision, ignored_params=plain)
     return model.to(ranks.device)
 
 
 def named_tensors(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, parameter or persistent buffer, possibly a shard), tied weights once."""
+    """(name, parameter or persistent buffer, possibly a shard), tied weights once.
+
+    Where there are adapters, the frozen weights' names have a piece in them that `adapters.plain` takes out.
+    """
     seen: set[int] = set()
     for name, tensor in hf.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor
+
+
+def changing(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Those of `named_tensors` that training changes: the adapters, or all where there are none."""
+    apart = bool(adapters.pairs(hf))
+    return ((name, tensor) for name, tensor in named_tensors(hf) if not apart or adapters.plain(name) is None)
+
+
+def whole_tensors(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor), adapters merged into their matrices; one at a time, and a collective."""
+    pairs = adapters.pairs(hf)
+    for name, tensor in ((adapters.plain(name), tensor) for name, tensor in named_tensors(hf)):
+        if name in pairs:
+            a, b, scale = pairs[name]
+            yield name, torch.addmm(full(tensor).float(), full(b), full(a), alpha=scale)
+        elif name is not None:
+            yield name, full(tensor)
+
+
+def handed_over(hf: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """What engines need to know of a new version, (name, whole tensor); one at a time, and a collective.
+
+    All tensors by their Hugging Face names. Of adapters only them: NAME.lora_A [rank, in] and NAME.lora_B [out, rank],
+    NAME being that of the matrix, which is now its own value of the start + lora_B @ lora_A.
+    """
+    pairs = adapters.pairs(hf)
+    for name, (a, b, scale) in pairs.items():
+        yield f"{name}.lora_A", full(a)
+        yield f"{name}.lora_B", full(b) * scale
+    if not pairs:
+        yield from ((name, full(tensor)) for name, tensor in named_tensors(hf))
 
 
 def as_published(hf: PreTrainedModel, name: str, whole: Tensor) -> dict[str, Tensor]:
@@ -160,6 +218,19 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's part of a possibly sharded tensor: a view of it, detached."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _check_names(hf: PreTrainedModel) -> None:
+    """Refuse adapters of matrices that the model's files hold joined or in pieces: an engine could not place them."""
+    pairs = adapters.pairs(hf)
+    published = {name: list(as_published(hf, f"{name}.lora_A", pair.a.detach())) for name, pair in pairs.items()}
+    known = Counter(name for names in published.values() for name in names)
+    for name, names in published.items():
+        if len(names) != 1 or known[names[0]] != 1:
+            raise UserError(
+                f"model.lora.targets: the files of {hf.name_or_path} do not hold {name} as one matrix (but as "
+                f"{', '.join(n.removesuffix('.lora_A') for n in names)}); name the other linear layers"
+            )
 
 
 def _head(hf: PreTrainedModel, temperature: float) -> Head:

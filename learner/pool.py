@@ -28,11 +28,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from algos.methods import resolve
-from core import patience, stacks
+from core import cores, patience, stacks
 from core.config import RunConfig
 from core.errors import UserError
 from core.schema import Group, Mixture
 from learner.learner import PLAIN, Learner, StepResult
+from learner.profiling import PROFILED, profiled, step_folder
 from learner.ranks import Ranks, own_device
 
 Result = TypeVar("Result")
@@ -94,7 +95,7 @@ class LearnerPool:
 
     async def step(self, groups: Sequence[Group], version: int, mixture: Mixture = PLAIN) -> StepResult:
         """`Learner.step` on all ranks; the groups travel once, through Ray's object store."""
-        results = await self._call("step", self.workers, "run", "step", ray.put(list(groups)), version, mixture)
+        results = await self._call("step", self.workers, "step", ray.put(list(groups)), version, mixture)
         return results[0]
 
     async def gram(self, groups: Sequence[Group]) -> tuple[list[list[float]], float]:
@@ -174,7 +175,7 @@ class _Worker:
     """One rank in its own process."""
 
     def __init__(self, rank: int, run_dir: str) -> None:
-        self.rank, self.run_dir = rank, Path(run_dir)
+        self.rank, self.run_dir, self._steps = rank, Path(run_dir), 0
         path = _log(self.run_dir, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -190,9 +191,19 @@ class _Worker:
 
     def build(self, config: RunConfig, address: str, device: str, reference: bool) -> None:
         torch.set_num_threads(config.learner.threads)
+        if device == "cpu" and config.cluster.pin_cores:
+            print(cores.told(cores.claim(config.learner.threads)), flush=True)
         ranks = Ranks.join(self.rank, config.learner.ranks, address, own_device(device), timeout=config.learner.timeout)
         method = resolve(config.method, context={"max_tokens": config.rollout.max_tokens})
         self.learner = Learner(config, method, ranks=ranks, skipped=self.run_dir / "skipped", reference=reference)
+
+    def step(self, groups: Sequence[Group], version: int, mixture: Mixture) -> StepResult:
+        """`Learner.step`, profiled where the config wants it."""
+        learner, self._steps = self.learner, self._steps + 1
+        if not (learner.config.profile and self._steps == PROFILED):
+            return learner.step(groups, version, mixture)
+        with profiled(step_folder(self.run_dir, version + 1), self.rank, learner.ranks.device.type):
+            return learner.step(groups, version, mixture)
 
     def run(self, method: str, *arguments: Any) -> Any:
         return getattr(self.learner, method)(*arguments)
