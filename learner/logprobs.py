@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens and entropies, without the [N, V] logits in memory.
 
 With N = 8192 tokens and V = 150,000 the float32 logits alone are 4.9 GB, and autograd would keep several of their kind.
-Here the tokens go through the head in chunks, forward and again backward; between the two only [N] numbers are kept.
+Here tokens go through the head in chunks, on CPU also the vocabulary in blocks, so that a tile of logits stays in the
+cache; forward and again backward. Between the two only [N] numbers are kept.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def token_logprobs(
     """log p(target) in nats and the entropy of p, both [N] float32, where p = softmax(logits / temperature).
 
     hidden [N, H] and weight [V, H] in the compute precision, bias [V] or None, targets [N] int64; `chunk` is the number
-    of tokens whose logits are held at once (two float32 tensors of [chunk, V]). Gradients flow to hidden, weight, bias.
+    of tokens whose logits are held at once: two float32 tensors of [chunk, V], on CPU of [chunk, BLOCK]. Gradients flow
+    to those of hidden, weight and bias that want one.
     """
     return _TokenLogprobs.apply(hidden, weight, bias, targets, head, chunk)
 
@@ -114,7 +116,11 @@ def _spread(logprobs: Tensor, row: Tensor, step: Tensor, shape: tuple[int, int])
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """With l = log softmax(z) and H = -sum_j p_j l_j:  dl_t/dz_j = [j = t] - p_j  and  dH/dz_j = -p_j (l_j + H)."""
+    """With l = log softmax(z) and H = -sum_j p_j l_j:  dl_t/dz_j = [j = t] - p_j  and  dH/dz_j = -p_j (l_j + H).
+
+    Over blocks of the vocabulary a running maximum m, s = sum_j e^(z_j - m), u = sum_j (z_j - m) e^(z_j - m) are kept:
+    log sum_j e^z_j = m + log s and H = log s - u / s.
+    """
 
     @staticmethod
     def forward(
@@ -122,12 +128,21 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy, normalisers = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
         for part in _chunks(len(hidden), chunk):
-            z = _logits(hidden[part], weight, bias, head)
-            normaliser = z.logsumexp(-1)
-            logprobs[part] = z.gather(-1, targets[part, None])[:, 0] - normaliser
-            z -= normaliser[:, None]
-            entropy[part] = -(z.exp() * z).sum(-1)
-            normalisers[part] = normaliser
+            target = hidden.new_zeros(part.stop - part.start, dtype=torch.float32)
+            m, s, u = torch.full_like(target, -torch.inf), torch.zeros_like(target), torch.zeros_like(target)
+            for block in _blocks(weight):
+                z = _logits(hidden[part], weight[block], None if bias is None else bias[block], head)
+                rows, columns = _found(targets[part], block)
+                target[rows] = z[rows, columns]
+                before, m = m, torch.maximum(m, z.amax(-1))
+                z -= m[:, None]
+                e = z.exp()
+                shrunk = (before - m).exp_()
+                # The first block shrinks nothing to nothing, and -inf * 0 is not a number.
+                u = (u + s * (before - m).nan_to_num_(neginf=0.0)) * shrunk + z.mul_(e).sum(-1)
+                s = s * shrunk + e.sum(-1)
+            normalisers[part] = m + s.log()
+            logprobs[part], entropy[part] = target - normalisers[part], s.log() - u / s
         ctx.save_for_backward(hidden, weight, bias, targets, entropy, normalisers)
         ctx.head, ctx.chunk = head, chunk
         ctx.set_materialize_grads(False)  # entropies are mostly looked at and not trained on: None instead of zeros
@@ -137,32 +152,59 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, entropy, normalisers = ctx.saved_tensors
-        head: Head = ctx.head
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(entropy)
-        grad_hidden = torch.empty_like(hidden)
-        # Many chunks are summed, so the sum is kept in float32 whatever the compute precision.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        # Many tiles are summed, so the sums are kept in float32 whatever the compute precision.
+        sums = [
+            torch.zeros_like(x, dtype=torch.float32) if x is not None and wanted else None
+            for x, wanted in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
+        ]
         for part in _chunks(len(hidden), ctx.chunk):
-            z = _logits(hidden[part], weight, bias, head)
-            slope = _softcap_slope(z, head)
-            z -= normalisers[part, None]
-            grad = z.exp()
-            if grad_entropy is None:
-                grad *= -grad_logprobs[part, None]
-            else:
-                grad *= -(grad_logprobs[part, None] + grad_entropy[part, None] * (z + entropy[part, None]))
-            grad.scatter_add_(-1, targets[part, None], grad_logprobs[part, None])
-            if slope is not None:
-                grad *= slope
-            grad = grad.mul_(head.scale / head.temperature).to(weight.dtype)
-            grad_hidden[part] = grad @ weight
-            grad_weight += grad.T @ hidden[part]
-            if grad_bias is not None:
-                grad_bias += grad.sum(0, dtype=torch.float32)
-        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
+            for block in _blocks(weight):
+                z = _logits(hidden[part], weight[block], None if bias is None else bias[block], ctx.head)
+                slope = _softcap_slope(z, ctx.head)
+                z -= normalisers[part, None]
+                if grad_entropy is None:
+                    grad = z.exp_().mul_(-grad_logprobs[part, None])
+                else:
+                    grad = z.exp().mul_(
+                        -(grad_logprobs[part, None] + grad_entropy[part, None] * (z + entropy[part, None]))
+                    )
+                rows, columns = _found(targets[part], block)
+                grad[rows, columns] += grad_logprobs[part][rows]
+                if slope is not None:
+                    grad *= slope
+                grad = grad.mul_(ctx.head.scale / ctx.head.temperature).to(weight.dtype)
+                _add_product(sums[0], part, grad, weight[block])
+                _add_product(sums[1], block, grad.T, hidden[part])
+                if sums[2] is not None:
+                    sums[2][block] += grad.sum(0, dtype=torch.float32)
+        return *(x if x is None else x.to(hidden.dtype) for x in sums), None, None, None
+
+
+BLOCK = 2048
+"""Columns of a tile on CPU: 8 MiB with 1024 tokens, which a cache holds. A GPU is better off with all of them."""
+
+
+def _blocks(weight: Tensor) -> list[slice]:
+    return _chunks(len(weight), len(weight) if weight.is_cuda else BLOCK)
+
+
+def _found(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Rows whose target is in this block of the vocabulary, and its columns there."""
+    columns = targets - block.start
+    rows = ((columns >= 0) & (targets < block.stop)).nonzero()[:, 0]
+    return rows, columns[rows]
+
+
+def _add_product(into: Tensor | None, rows: slice, a: Tensor, b: Tensor) -> None:
+    """into[rows] += a @ b, if it is wanted at all."""
+    if into is None:
+        return
+    if a.dtype == into.dtype:
+        into[rows].addmm_(a, b)
+    else:
+        into[rows] += a @ b
 
 
 def _chunks(count: int, size: int) -> list[slice]:
