@@ -284,9 +284,10 @@ def _step_metrics(batch: Batch) -> Metrics:
     if batch.channels:
         silent = torch.stack([(c.advantages == 0).all(1) | (c.weight == 0) for c in batch.channels]).all(0)
         metrics["policy/silent"] = mean_over(silent, kept)
-    if batch.rollout_logprobs is not None and batch.old_logprobs is not None:
-        old, rollout, mask = batch.old_logprobs, batch.rollout_logprobs, _filled(batch.count_mask)
-        metrics |= mismatch(old, rollout, mask, batch.lag)
+    old, rollout = batch.old_logprobs, batch.rollout_logprobs
+    # Where the engine's stand in for the old ones, the first update's own pass says how far they are apart.
+    if old is not None and rollout is not None and old is not rollout:
+        metrics |= mismatch(old, rollout, _filled(batch.count_mask), batch.lag)
     return metrics
 
 

@@ -29,6 +29,17 @@ class Section(BaseModel):
     )
 
 
+class LoraConfig(Section):
+    """Adapters: matrices A and B beside each frozen W, which acts as W + alpha / rank * B A (learner/adapters.py)."""
+
+    rank: Positive = 8
+    """Rows of A and columns of B: capacity, memory and bytes of a hand-off grow with it."""
+    alpha: PositiveFloat = 32.0
+    """The product counts alpha / rank times, so the learning rate need not change with the rank."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Linear layers by name (q_proj, or model.layers.0.mlp.up_proj); all-linear is each but the output head."""
+
+
 class ModelConfig(Section):
     path: str
     """Folder or hub name of a causal language model that transformers loads."""
@@ -44,6 +55,18 @@ class ModelConfig(Section):
     """Precision of the learner's forward and backward pass; master weights are always float32."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers in the learner."""
+    lora: LoraConfig | None = None
+    """Train adapters only, at about ten times the learning rate; none trains all weights. A reference that is not named
+    is then the policy without its adapters, which takes no memory."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.lora is not None and self.reference_every:
+            raise ValueError(
+                f"model.reference_every {self.reference_every} moves the reference towards the policy, but with "
+                "model.lora the base model stays where it is; leave one of them out"
+            )
+        return self
 
 
 class SourcesConfig(Section):
@@ -297,8 +320,16 @@ class LearnerConfig(Section):
     """Updates per epoch: a step's groups are split into so many parts."""
     epochs: Positive = 1
     """Passes over a step's groups."""
+    old_logprobs: Literal["recompute", "rollout"] = "recompute"
+    """Where a step has several updates: log-probabilities of the policy before it, by a pass of the learner, or those
+    of the engine, which saves the pass; look at policy/mismatch_kl. On-policy only."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    offload: list[Literal["activations", "optimizer"]] = []
+    """What waits in the machine's memory while the GPU does not need it: activations between forward and backward pass,
+    moments of the optimizer between updates. Nothing changes on CPU."""
+    compile: bool = False
+    """Compile the model's blocks (torch.compile): a minute or more at the start, less memory traffic in each step."""
     logprob_chunk: Positive = 1024
     """Tokens whose logits are held at once while log-probabilities and entropy are taken."""
     threads: Positive = 1
@@ -365,6 +396,9 @@ class ClusterConfig(Section):
     """Ray's placement strategy within each pool."""
     start_timeout: PositiveFloat = 300.0
     """Seconds the cluster may take to provide the pools."""
+    pin_cores: bool | None = None
+    """Keep each actor and learner rank on CPU on cores of its own. None does it where they work at the same time
+    (max_staleness above 0) and this machine has cores for all of them."""
 
 
 class RunConfig(Section):
@@ -380,6 +414,8 @@ class RunConfig(Section):
     """Steps of the whole run; a resumed run goes on to the same number."""
     method: str | dict[str, Any] = "grpo"
     """A row of `alignlab ls methods`; or a mapping {row: NAME, part: choice, ...} that changes parts of a row."""
+    profile: bool = False
+    """Profile the third step: each learner rank's operators, and a timeline of all processes, below `profile/`."""
     model: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -408,6 +444,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.prompts {self.rollout.prompts} cannot be split into learner.minibatches "
                 f"{self.learner.minibatches} equal parts; make the first a multiple of the second"
+            )
+        if self.learner.old_logprobs == "rollout" and self.rollout.max_staleness:
+            raise ValueError(
+                "learner.old_logprobs rollout: with rollout.max_staleness the engine's log-probabilities are of older "
+                "policies; use recompute, or a method whose ratio is to them (method.ratio.token.anchor=rollout)"
             )
         if self.actors.weight_transfer == "nccl" and "cpu" in (self.actors.device, self.learner.device):
             raise ValueError(

@@ -110,6 +110,7 @@ def _runs(spans: Sequence[Span]) -> list[Span]:
     return runs
 
 
+@torch.compiler.disable  # blocks may be compiled around it; here the work is in kernels that are compiled already
 def packed_sdpa(
     module: torch.nn.Module,
     query: Tensor,

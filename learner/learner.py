@@ -41,6 +41,7 @@ from learner.meter import Meter
 from learner.metrics import Report, Totals, over_ranks
 from learner.mixture import mixed, reference_kl
 from learner.model import Policy, Reader, as_published, handed_over, load_policy, local, named_tensors
+from learner.offload import saved_elsewhere
 from learner.optim import Optimizer, schedule
 from learner.ranks import Ranks
 from learner.token_model import ROLES, load_companions
@@ -101,8 +102,13 @@ class Learner:
         if "ref" in method.needs or reference:
             own = config.model.reference or (None if lora else config.model.path)
             self.reference = self._load(own).requires_grad_(False) if own else self.policy.without_adapters
+        # Away from a GPU; a CPU has no other place.
+        self._away = torch.device("cpu") if self.ranks.device.type == "cuda" else None
         self.optimiser = Optimizer(
-            config.learner.optimizer, self.policy.hf.named_parameters(), self.policy.block_parameters()
+            config.learner.optimizer,
+            self.policy.hf.named_parameters(),
+            self.policy.block_parameters(),
+            away=self._away if "optimizer" in config.learner.offload else None,
         )
         self.companions = load_companions(config, method.needs, self.ranks)
         self.taught = [field for need, (field, _) in ROLES.items() if need in method.needs]  # the others stay frozen
@@ -195,7 +201,10 @@ class Learner:
         needs, updates = self.method.needs, self.config.learner.epochs * self.config.learner.minibatches
         found: dict[str, Tensor] = {}
         # With a single update the old log-probs are those of the update's own forward pass: no pass is spent on them.
-        if needs & {"early_old", "entropy"} or ("old" in needs and updates > 1):
+        wanted = "early_old" in needs or ("old" in needs and updates > 1)
+        if wanted and "entropy" not in needs and self._engine_stands_in(batch):
+            found["old_logprobs"] = batch.rollout_logprobs
+        elif wanted or "entropy" in needs:
             found["old_logprobs"], found["entropy"] = self._without_gradient(self.policy, sequences, batch)
         if self.reference is not None:
             found["ref_logprobs"], _ = self._without_gradient(self.reference, sequences, batch)
@@ -208,6 +217,10 @@ class Learner:
         if "bootstrap" in needs:  # also of truncated completions: the state after the last token is never read
             found["bootstrap"] = torch.zeros(len(batch.group), device=self.ranks.device)
         return replace(batch, **found)  # type: ignore[arg-type]
+
+    def _engine_stands_in(self, batch: Batch) -> bool:
+        """Whether the engine's log-probs are taken for the learner's own before this step."""
+        return self.config.learner.old_logprobs == "rollout" and batch.rollout_logprobs is not None
 
     @property
     def _moves_reference(self) -> bool:
@@ -253,7 +266,8 @@ class Learner:
             return
         value = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for micro in self._share(sequences.only(trained)):
-            logprobs, entropy = self.policy(micro)
+            with saved_elsewhere(self._away if "activations" in self.config.learner.offload else None):
+                logprobs, entropy = self.policy(micro)
             given = {field: self.companions[field].model(micro)[0] for field in self.taught}
             if not micro.rows:
                 # A pass of its own for a rank without work: FSDP2's collectives need every rank in every pass.
@@ -417,6 +431,7 @@ class Learner:
             temperature=self.config.rollout.temperature,
             chunk=self.config.learner.logprob_chunk,
             checkpointing=checkpointing,
+            compiled=self.config.learner.compile,
             lora=lora,
             seed=self.config.seed,
         )

@@ -89,6 +89,7 @@ def load_policy(
     temperature: float,
     chunk: int,
     checkpointing: bool = False,
+    compiled: bool = False,
     lora: LoraConfig | None = None,
     seed: int = 0,
 ) -> Policy:
@@ -106,6 +107,9 @@ def load_policy(
         _check(policy, path)
     for frozen in (p for p in policy.parameters() if not p.requires_grad):
         frozen.data = frozen.data.to(dtype)
+    if compiled:
+        for name in policy.blocks:
+            policy.hf.get_submodule(name).compile(dynamic=True)
     return shard(policy, dtype, ranks)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from core.config import OptimizerConfig
+from learner import offload
 from learner.spam import Spam, StableSpam
 
 
@@ -34,9 +35,18 @@ def schedule(kind: str, step: int, steps: int, warmup: int) -> float:
 class Optimizer:
     """One or two torch optimisers over named parameters, moved as one."""
 
-    def __init__(self, config: OptimizerConfig, parameters: Iterable[tuple[str, nn.Parameter]], blocks: set[str]):
-        """`blocks`: names of the parameters that lie inside the model's blocks."""
-        self.config = config
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        blocks: set[str],
+        away: torch.device | None = None,
+    ) -> None:
+        """`blocks`: names of the parameters that lie inside the model's blocks.
+
+        `away`: where moments lie between steps; None is where the parameters are.
+        """
+        self.config, self._away = config, away
         self.names = {p: name for name, p in parameters if p.requires_grad}
         by_muon = [p for p, n in self.names.items() if config.name == "muon" and p.ndim == 2 and n in blocks]
         by_adamw = [p for p in self.names if not any(p is q for q in by_muon)]
@@ -54,7 +64,12 @@ class Optimizer:
             if optimiser is not None:
                 for group in optimiser.param_groups:
                     group["lr"] = peak * factor
-                optimiser.step()
+                with offload.at_hand(optimiser, self._device, self._away):
+                    optimiser.step()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.names)).device
 
     def clear(self) -> None:
         """Forget the gradients."""
@@ -72,8 +87,13 @@ class Optimizer:
         return norm
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """(name of the parameter / name of the entry, tensor): moments and step counts, the live tensors."""
+        """(name of the parameter / name of the entry, tensor): moments and step counts, the live tensors.
+
+        Until the next step they are where the parameters are.
+        """
         for optimiser in filter(None, (self.adam, self.muon)):
+            if self._away is not None:
+                offload.move(optimiser, self._device)
             for p, entries in optimiser.state.items():
                 for key, tensor in entries.items():
                     yield f"{self.names[p]}/{key}", tensor

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from algos.methods import methods, resolve
+from core.config import RunConfig
 from core.errors import UserError
 from learner.learner import Learner
 from learner.metrics import METRICS
@@ -231,3 +232,37 @@ def test_every_metric_of_the_learner_is_explained(tiny: Path) -> None:
 def test_a_folder_without_a_model_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.path"):
         Learner(samples.config(tmp_path), resolve("grpo"))
+
+
+def test_exact_log_probs_of_the_engine_stand_in_for_a_pass_and_their_mismatch_is_shown(tiny: Path) -> None:
+    """With the learner's own log-probs as the engine's, the update is the same; with others it is seen how far off."""
+    options: dict[str, Any] = {"epochs": 2, "optimizer": {"lr": 1e-2}}
+    asked, spared = (
+        Learner(samples.config(tiny, old_logprobs=old, **options), resolve({"kl": "none"}))
+        for old in ("recompute", "rollout")
+    )
+    data, passes = samples.groups(), []
+    logprobs, _ = asked.logprobs(data)
+    rows = iter(logprobs)
+    exact = [
+        replace(
+            group,
+            completions=tuple(
+                replace(c, rollout_logprobs=tuple(next(rows)[: len(c.token_ids)].tolist())) for c in group.completions
+            ),
+        )
+        for group in data
+    ]
+    measured = spared._without_gradient
+    spared._without_gradient = lambda *a: passes.append(a) or measured(*a)
+    for worker in (asked, spared):
+        mismatch = worker.step(exact, version=0).metrics["policy/mismatch_kl"]
+        assert mismatch == pytest.approx(0, abs=1e-9)
+    assert torch.allclose(parameters(asked), parameters(spared), atol=1e-6, rtol=0) and not passes
+    assert spared.step(samples.groups(), version=1).metrics["policy/mismatch_kl"] > 0.1  # the engine says -5 each
+
+
+def test_log_probs_of_an_older_policy_do_not_stand_in(tiny: Path) -> None:
+    config = samples.config(tiny, old_logprobs="rollout").model_dump()
+    with pytest.raises(ValueError, match="of older policies; use recompute"):
+        RunConfig(**{**config, "rollout": {**config["rollout"], "max_staleness": 1}})

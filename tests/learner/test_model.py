@@ -12,8 +12,10 @@ from safetensors import safe_open
 
 from core.config import ModelConfig
 from core.errors import UserError
+from learner.collate import Micro, collate
 from learner.model import Policy, as_published, full, load_policy, named_tensors
 from learner.ranks import Ranks
+from tests.learner import samples
 
 SMALL = {
     **{"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, "initializer_range": 0.3},
@@ -75,3 +77,20 @@ def test_exported_names_are_those_of_the_published_files(tmp_path: Path) -> None
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert set(ours) == set(file.keys()) and any(".experts.3." in name for name in ours)
         assert all(torch.equal(ours[name], file.get_tensor(name)) for name in ours)
+
+
+def test_compiled_blocks_say_the_same_and_pass_gradients_of_any_length(tiny: Path, monkeypatch) -> None:
+    """Traced as for the compiler, then run by Python: the compiler itself is torch's and takes a minute."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend="eager", **options))
+    config = ModelConfig(path=str(tiny))
+    policies = [load_policy(config, str(tiny), Ranks(), temperature=1.0, chunk=64, compiled=c) for c in (False, True)]
+    for prompts in (2, 3):
+        _, sequences = collate(samples.groups(prompts=prompts, seed=prompts))
+        micro, found = Micro.of(sequences, range(4 * prompts), torch.device("cpu")), []
+        for policy in policies:
+            policy.zero_grad()
+            logprobs, _ = policy(micro)
+            logprobs.sum().backward()
+            found.append((logprobs, torch.cat([p.grad.flatten() for p in policy.parameters()])))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
