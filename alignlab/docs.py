@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from core.config import RunConfig, Section
+from core.config import RunConfig
+from core.section import Section
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -26,15 +27,21 @@ def configuration() -> str:
 def _sections(name: str, section: type[Section]) -> Iterator[tuple[str, type[Section]]]:
     yield name, section
     for key, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _sections(f"{name}.{key}".lstrip("."), field.annotation)
+        # A section that may be left out is a union with None.
+        for part in (field.annotation, *typing.get_args(field.annotation)):
+            if _is_section(part):
+                yield from _sections(f"{name}.{key}".lstrip("."), part)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def _section(name: str, section: type[Section]) -> str:
     rows = [
         (f"`{key}`", _kind(field.annotation), _default(field), field.description or "")
         for key, field in section.model_fields.items()
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section))
+        if not _is_section(field.annotation)
     ]
     return f"\n## {name or 'the run'}\n\n" + _table(("option", "type", "default", "meaning"), rows)
 
@@ -50,7 +57,7 @@ def _kind(annotation: Any) -> str:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (list, tuple):
         return f"list of {_kind(arguments[0])}"
-    if origin is dict or annotation is dict:
+    if origin is dict or annotation is dict or _is_section(annotation):
         return "mapping"
     if arguments:  # a union
         return " or ".join(dict.fromkeys(_kind(part) for part in arguments))
@@ -92,8 +99,12 @@ def _metric_rows() -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    lines = ([_cell(text) for text in line] for line in (head, tuple("---" for _ in head), *rows))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 if __name__ == "__main__":

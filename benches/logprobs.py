@@ -1,10 +1,10 @@
-"""Log-probs and entropies by chunks, against the form that holds all logits: peak memory and time, forward and backward.
+"""Log-probs and entropies by chunks against the form that holds all logits: peak memory and time, with gradients.
 
     python benches/logprobs.py [--rounds 5] [--json FILE]
 
-T = 16384 tokens, hidden 576, vocabulary 49152 (SmolLM2's head), float32, one thread. The full form is what autograd makes
-of `logits.log_softmax(-1)`, its gather and its entropy, with only log-probs trained on, as in most methods. Each run has
-a process of its own: its peak memory less what it had before, and its seconds. Five minutes.
+T = 16384 tokens, hidden 576, vocabulary 49152 (SmolLM2's head), float32, one thread. The full form is what autograd
+makes of `logits.log_softmax(-1)`, its gather and its entropy, with only log-probs trained on, as in most methods. Each
+run has a process of its own: its peak memory less what it had before, and its seconds. Seven minutes, and 10 GiB.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ import pydantic
 import yaml
 from pydantic.fields import FieldInfo
 
-from core.config import RunConfig, Section
+from core.config import RunConfig
 from core.errors import UserError, nearest
+from core.section import Section
 
 Path_ = tuple[str, ...]
 

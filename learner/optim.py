@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from core.config import OptimizerConfig
+from core.learner_config import OptimizerConfig
 from learner import offload
 from learner.spam import Spam, StableSpam
 

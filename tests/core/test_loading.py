@@ -5,9 +5,10 @@ import json
 import pytest
 import yaml
 
-from core.config import RunConfig, Section
+from core.config import RunConfig
 from core.errors import UserError
 from core.loading import dump_config, load_config, parse_config
+from core.section import Section
 
 BASE = {"name": "t", "steps": 2, "model": {"path": "m"}, "data": {"path": "d.jsonl"}}
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from core.config import ModelConfig, OptimizerConfig
+from core.config import ModelConfig
+from core.learner_config import OptimizerConfig
 from learner import offload
 from learner.collate import Micro, collate
 from learner.model import load_policy

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.config import OptimizerConfig
+from core.learner_config import OptimizerConfig
 from learner.optim import Muon, Optimizer, orthogonal, schedule
 
 

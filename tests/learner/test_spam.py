@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.config import OptimizerConfig
+from core.learner_config import OptimizerConfig
 from learner.optim import Optimizer
 from learner.spam import Spam, StableSpam
 
