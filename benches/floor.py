@@ -1,6 +1,6 @@
 """How near a packed step of the learner is to what its matrix products alone would take on this machine.
 
-    python benches/floor.py [--rounds 5] [--json FILE]
+    python -m benches.floor [--rounds 5] [--json FILE]
 
 FLOPs that a GRPO step needs (`learner.flops`: nothing that is padded, masked or computed twice counts) over its
 seconds, over the rate of torch's matrix product in the same dtype on the same thread, measured right before each step.

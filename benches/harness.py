@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,15 @@ class Ratio:
         return f"{'ok  ' if self.holds else 'MISS'} {self.name}: {span}, limit {self.limit()}; {facts}"
 
 
-Side = Callable[[], float]
-"""Does its work once and returns what is compared: seconds, tokens/s, bytes."""
+A = TypeVar("A")
+B = TypeVar("B")
 
 
-def alternate(rounds: int, first: Side, second: Side, *, warm: int = 1) -> list[tuple[float, float]]:
-    """(first, second) of each round; who begins changes from round to round. `warm` rounds before do not count."""
+def alternate(rounds: int, first: Callable[[], A], second: Callable[[], B], *, warm: int = 1) -> list[tuple[A, B]]:
+    """(first, second) of each round, each what that side returns: seconds, tokens/s, bytes.
+
+    Who begins changes from round to round. `warm` rounds before do not count.
+    """
     found = []
     for number in range(-warm, rounds):
         if number % 2:
@@ -75,15 +78,20 @@ def alternate(rounds: int, first: Side, second: Side, *, warm: int = 1) -> list[
     return found
 
 
-def main(doc: str | None, measure: Callable[[int], list[Ratio]], rounds: int = 5) -> int:
-    """Run a bench from its command line: `--rounds N`, `--json FILE`. 1 when a limit is missed."""
+def main(doc: str | None, measure: Callable[..., list[Ratio]], rounds: int = 5, **options: Any) -> int:
+    """Run a bench from its command line: `--rounds N`, `--json FILE`. 1 when a limit is missed.
+
+    options: name -> default of what else `measure` takes, each a `--name`.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
     parser.add_argument("--json", type=Path, help="also write the rows there")
+    for name, default in options.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error("--rounds: at least 1")
-    rows = measure(arguments.rounds)
+    rows = measure(arguments.rounds, **{name: getattr(arguments, name) for name in options})
     for row in rows:
         print(row.line(), flush=True)
     if arguments.json is not None:

@@ -1,6 +1,6 @@
 """Log-probs and entropies by chunks against the form that holds all logits: peak memory and time, with gradients.
 
-    python benches/logprobs.py [--rounds 5] [--json FILE]
+    python -m benches.logprobs [--rounds 5] [--json FILE]
 
 T = 16384 tokens, hidden 576, vocabulary 49152 (SmolLM2's head), float32, one thread. The full form is what autograd
 makes of `logits.log_softmax(-1)`, its gather and its entropy, with only log-probs trained on, as in most methods. Each

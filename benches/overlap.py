@@ -1,100 +1,53 @@
 """How well generation and learning overlap: wall time of a step over the longer of the two, each pinned to a core.
 
-    python benches/overlap.py [--rounds 5] [--steps 30]
+    python -m benches.overlap                        # about 10 minutes, with the quickstart's warm start
 
 Every round runs the quickstart's policy twice, in turn: on-policy (generation and learning alternate, so each is
 measured alone) and with max_staleness 1. The ratio of a round is the median step of the second over the longer of the
-two medians of the first. Prints median, min and max over the rounds; exits 1 if the median is above 1.15.
+two medians of the first: 1 is perfect, and everything that is neither generation nor learning (scoring, records,
+the hand-off of weights) is above it, as far as it is not hidden behind them.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 1.15
-WARM = 5  # first steps, which load and allocate
+from benches.harness import Ratio, alternate, main
+from benches.runs import Row, median, need_warm_start, train
+
+STEPS, WARM = 30, 5  # the first steps load and allocate
 CORES = {"actor-0": 0, "learner-0": 1}
+CHANGES = ["rollout.prompts=64", "learner.token_budget=8192"]
 
 
-def writers(logs: Path) -> dict[str, int]:
-    """Name -> pid of the processes whose output goes to these logs."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*/fd/1"):
-        try:
-            target = entry.readlink()
-        except OSError:
-            continue
-        if target.parent == logs:
-            found[target.name.split(".")[0]] = int(entry.parts[2])
-    return found
-
-
-def pin(logs: Path) -> None:
-    """Each process to its core, all of its threads."""
-    pids = writers(logs)
-    for name, core in CORES.items():
-        for thread in Path(f"/proc/{pids[name]}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {core})
-
-
-def train(out: Path, name: str, steps: int, staleness: int) -> list[dict[str, float]]:
-    """One run; its rows of metrics after the warm-up."""
-    command = [sys.executable, "-u", "-m", "alignlab.cli", "train", "configs/quickstart.yaml", f"name={name}"]
-    command += [f"steps={steps}", f"output_dir={out}", f"rollout.max_staleness={staleness}"]
-    command += ["eval.benchmarks=[]", "checkpoint.every=0", "rollout.prompts=64", "learner.token_budget=8192"]
-    with (out / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("step") and "1/" in line.split()[1]:
-                pin(out / name / "logs")
-                break
-        process.communicate(timeout=600)
-    if process.returncode:
-        raise SystemExit((out / f"{name}.log").read_text()[-2000:])
-    rows = map(json.loads, (out / name / "metrics.jsonl").read_text().splitlines())
-    # The last steps have nothing left to overlap with: nothing more is admitted.
-    return [row for row in rows if "time/step" in row and WARM < row["step"] <= steps - 2]
-
-
-def median(rows: list[dict[str, float]], *names: str) -> float:
-    """The median over the steps of a sum of times."""
-    return statistics.median(sum(row[name] for name in names) for row in rows)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=30)
-    arguments = parser.parse_args()
-    ratios = []
+def measure(rounds: int) -> list[Ratio]:
+    """One row."""
+    model = need_warm_start()
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(arguments.rounds):
-            alone = train(Path(folder), f"alone-{number}", arguments.steps, 0)
-            both = train(Path(folder), f"both-{number}", arguments.steps, 1)
-            generate = median(alone, "time/wait_groups")
-            learn = median(alone, "time/train", "time/weigh", "time/publish")
-            step = median(both, "time/step")
-            ratios.append(step / max(generate, learn))
-            print(
-                f"round {number + 1}: generate {generate:.3f} s, learn {learn:.3f} s, one after the other "
-                f"{median(alone, 'time/step'):.3f} s, overlapped {step:.3f} s: {ratios[-1]:.3f} of the longer",
-                flush=True,
-            )
-            time.sleep(1)
-    middle = statistics.median(ratios)
-    print(f"step / max(generate, learn): {middle:.3f} ({min(ratios):.3f}-{max(ratios):.3f}), at most {LIMIT}")
-    return int(middle > LIMIT)
+        names = iter(f"run-{number}" for number in range(2 * rounds))
+
+        def run(staleness: int) -> list[Row]:
+            changes = [f"steps={STEPS}", f"rollout.max_staleness={staleness}", f"model.path={model}", *CHANGES]
+            rows = train(Path(folder), next(names), "configs/quickstart.yaml", changes, warm=WARM, cores=CORES)
+            return rows[:-2]  # the last steps have nothing left to overlap with: nothing more is admitted
+
+        found = [parts(*pair) for pair in alternate(rounds, lambda: run(0), lambda: run(1), warm=0)]
+    last = found[-1]
+    ratios = [part["overlapped"] / max(part["generate"], part["learn"]) for part in found]
+    return [Ratio("overlap: step / max(generate, learn)", ratios, at_most=1.1, facts=last)]
+
+
+def parts(alone: list[Row], both: list[Row]) -> dict[str, float]:
+    """Seconds of a step, medians."""
+    return {
+        "generate": median(alone, "time/wait_groups"),
+        "learn": median(alone, "time/train", "time/weigh", "time/publish"),
+        "one after the other": median(alone, "time/step"),
+        "overlapped": median(both, "time/step"),
+    }
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, measure))

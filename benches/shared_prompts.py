@@ -1,6 +1,6 @@
 """Completions that share their prompt, against the same rows packed each with its own copy of it.
 
-    python benches/shared_prompts.py [--rounds 5] [--json FILE]
+    python -m benches.shared_prompts [--rounds 5] [--json FILE]
 
 One group, forward and backward of the log-probs of SmolLM2-135M in float32, one thread. Long prompts (512 tokens, 8
 completions of 64): the row has 1016 tokens instead of 4600. Short ones (64 tokens, 8 of 512): 4152 instead of 4600, and
