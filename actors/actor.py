@@ -44,6 +44,8 @@ class Stats:
     max_rss_gib: float
     host: str
     pid: int
+    prepare_seconds: float  # of the last publish, during which the engine went on
+    stall_seconds: float  # of the last publish, during which it stood still
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,9 @@ class RolloutActor:
         self._failure = ""
         self._state = (0, "", 0, 0, 0)  # version, digest, running, waiting, tokens: written by the engine thread
         self._busy_seconds, self._waiting_since = 0.0, None  # type: float, float | None
+        self._engine: Engine | None = None
+        self._publishing = threading.Lock()  # one change of weights at a time, in the order of asking
+        self._prepare_seconds = self._stall_seconds = 0.0
         self._thread = threading.Thread(target=self._live, args=(make,), name=f"{name}.{incarnation}", daemon=True)
         self._thread.start()
 
@@ -125,13 +130,18 @@ class RolloutActor:
         return Poll(groups, tuple(r for r in results if isinstance(r, Failure)), stats, sequence)
 
     def publish(self, weights: Snapshot | Broadcast, wait: bool = False) -> Stats:
-        """Serve these weights from the next step on; their version and digest in the Stats.
+        """Serve these weights; their version and digest in the Stats.
 
+        They are prepared on the caller's thread while the engine goes on, and take their place between two steps.
         Requests in flight stay, and their later tokens carry the new version; with `wait` they are finished first.
         Raises weights.Refused (the old version serves on), weights.Interrupted (nothing is sampled until whole weights
         are published) or EngineFailed.
         """
-        self._ask(lambda engine: engine.update_weights(weights), when_idle=wait).result()
+        with self._publishing:
+            started = time.monotonic()
+            ready = self._running().prepare(weights)
+            self._prepare_seconds = time.monotonic() - started
+            self._ask(lambda engine: self._update(engine, ready), when_idle=wait).result()
         return self.status()
 
     def connect(self, address: str, port: int, rank: int, world_size: int, seconds: float) -> None:
@@ -157,6 +167,8 @@ class RolloutActor:
                 max_rss_gib=_max_rss_gib(),
                 host=socket.gethostname(),
                 pid=os.getpid(),
+                prepare_seconds=self._prepare_seconds,
+                stall_seconds=self._stall_seconds,
             )
 
     def close(self, timeout: float = 10.0) -> None:
@@ -165,6 +177,13 @@ class RolloutActor:
             self._closing = True
             self._changed.notify_all()
         self._thread.join(timeout)
+
+    def _running(self) -> Engine:
+        """The engine, once it serves. Raises EngineFailed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._engine is not None or self._failure)
+        self.status()
+        return self._engine  # type: ignore[return-value]
 
     def _ask(self, work: Callable[[Engine], Any], when_idle: bool = False) -> Future[Any]:
         self.status()  # raises if the engine has failed
@@ -179,7 +198,7 @@ class RolloutActor:
     def _live(self, make: Callable[[EngineSpec], Engine]) -> None:
         engine = None
         try:
-            engine = make(self.spec)
+            engine = self._engine = make(self.spec)
             self._note(engine, started=True)
             while self._wait_for_work(engine):
                 self._do_jobs(engine)
@@ -227,6 +246,11 @@ class RolloutActor:
         start = self._waiting_since = time.monotonic()
         groups = engine.step()
         self._note(engine, [replace(group, actor=self.name) for group in groups], time.monotonic() - start)
+
+    def _update(self, engine: Engine, ready: Any) -> None:
+        started = time.monotonic()
+        engine.update_weights(ready)
+        self._stall_seconds = time.monotonic() - started
 
     def _add(self, engine: Engine, requests: Sequence[GroupRequest]) -> None:
         failures = []

@@ -1,6 +1,7 @@
 """What an actor needs of an inference engine, and a deterministic fake of it.
 
 An engine is driven by one thread: `add` requests, call `step` until `unfinished()` is 0, change weights between steps.
+What another thread may do meanwhile is to `prepare` new weights.
 Requests in flight survive a change of weights; their later tokens carry the new version. `actors.vllm_engine` is the
 real one. This file imports neither torch nor vLLM.
 """
@@ -11,7 +12,7 @@ import hashlib
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from actors.weights import Broadcast, Snapshot, verify
 from core.config import RunConfig
@@ -95,8 +96,14 @@ class Engine(Protocol):
     def generated(self) -> int:
         """Tokens sampled since the start, those of aborted requests included."""
 
-    def update_weights(self, weights: Snapshot | Broadcast) -> str:
-        """Serve these weights from the next step on; their digest. The caches of the old weights are dropped.
+    def prepare(self, weights: Snapshot | Broadcast) -> Any:
+        """Do of a change of weights what can be done beside `step`, on another thread; what `update_weights` takes.
+
+        Raises weights.Refused.
+        """
+
+    def update_weights(self, weights: Any) -> str:
+        """Serve weights, prepared or not, from the next step on; their digest. Caches of the old ones are dropped.
 
         Raises weights.Refused with nothing changed (the old version serves on), weights.Interrupted, or EngineBroken.
         """
@@ -179,9 +186,13 @@ class FakeEngine:
     def generated(self) -> int:
         return self._tokens
 
-    def update_weights(self, weights: Snapshot | Broadcast) -> str:
+    def prepare(self, weights: Snapshot | Broadcast) -> Snapshot | Broadcast:
         if isinstance(weights, Snapshot):
             verify(weights)
+        return weights
+
+    def update_weights(self, weights: Snapshot | Broadcast) -> str:
+        self.prepare(weights)
         self.version = weights.version
         self.digest = weights.digest if isinstance(weights, Snapshot) else f"nccl:{weights.version}"
         return self.digest

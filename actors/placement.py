@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from actors.actor import RolloutActor, Stats
 from actors.engine import Device, Engine, EngineSpec
 from actors.weights import Snapshot, Stored
-from core import patience, stacks
+from core import cores, patience, stacks
 from core.config import RunConfig
 from core.errors import UserError
 
@@ -125,7 +125,7 @@ class RayHost:
 
     def __init__(self) -> None:
         self._bundle: dict[str, float] = {}
-        self._strategy = "PACK"
+        self._strategy, self._pins = "PACK", False
         self._places: dict[str, _Place] = {}
         self._seating = asyncio.Lock()  # where one may lie depends on where the others do
         self._looked, self._found = 0.0, dict[str, dict[str, float]]()
@@ -137,7 +137,7 @@ class RayHost:
         gpu = config.actors.device == "cuda" or (config.actors.device == "auto" and has_gpus)
         parallel = config.actors.tensor_parallel
         self._bundle = {"CPU": 1, "GPU": parallel} if gpu else {"CPU": config.actors.threads * parallel}
-        self._strategy = config.cluster.placement
+        self._strategy, self._pins = config.cluster.placement, config.cluster.pin_cores is True and not gpu
         wanted = {kind: amount * len(names) for kind, amount in self._bundle.items()}
         total = ray.cluster_resources()
         if config.cluster.address is None and any(total.get(kind, 0) < amount for kind, amount in wanted.items()):
@@ -203,7 +203,7 @@ class RayHost:
             max_restarts=0,  # the pool replaces what is lost, with the weights of the day
             max_concurrency=8,
         )
-        actor = remote.remote(str(log.resolve()), name, incarnation, spec, make)
+        actor = remote.remote(str(log.resolve()), name, incarnation, spec, OnItsCores(make) if self._pins else make)
         return _RayHandle(actor, lambda: place.node in self._nodes())
 
     def share(self, weights: Snapshot | Stored) -> Any:
@@ -282,6 +282,17 @@ def _give_back(groups: Iterable[Any]) -> None:
 
     for group in set(groups):
         ray.util.remove_placement_group(group)
+
+
+@dataclass(frozen=True)
+class OnItsCores:
+    """Makes an engine on cores of its own. It is called on the engine's thread, so Ray's threads stay free to move."""
+
+    make: Make
+
+    def __call__(self, spec: EngineSpec) -> Engine:
+        print(cores.told(cores.claim(spec.threads * spec.tensor_parallel)), flush=True)
+        return self.make(spec)
 
 
 class _RayHandle:

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ class Published:
     digest: str
     loaded: tuple[str, ...]
     stale: dict[str, str]
+    costs: Mapping[str, float] = field(default_factory=dict)  # by metric: what it took, of the slowest actor
 
 
 class ActorPool(Roster):
@@ -181,7 +183,12 @@ class ActorPool(Roster):
         silent = dict.fromkeys(self._suspects, "it is silent")
         reasons = {**outside, **others, **self._lost, **silent}
         stale = {n: reason for n, reason in reasons.items() if n in self.names and n not in loaded}
-        return Published(weights.version, digest, loaded, stale)
+        fresh = [o for n, o in outcomes.items() if n in loaded and isinstance(o, Stats)]
+        costs = {
+            "weights/prepare_seconds": max((stats.prepare_seconds for stats in fresh), default=math.nan),
+            "weights/stall_seconds": max((stats.stall_seconds for stats in fresh), default=math.nan),
+        }
+        return Published(weights.version, digest, loaded, stale, costs)
 
     async def _revival(self) -> None:
         """Until one actor is well again, or no replacement has succeeded and nobody may come back by itself."""

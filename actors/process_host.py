@@ -34,7 +34,7 @@ import numpy as np
 from actors.actor import RolloutActor, Stats
 from actors.engine import Device, EngineSpec
 from actors.placement import Gone, Handle, Make
-from actors.weights import Entry, Snapshot, Stored
+from actors.weights import Entry, Snapshot, Stored, cut, write
 from core import patience, stacks
 from core.config import RunConfig
 from core.errors import UserError
@@ -249,9 +249,10 @@ class _Mapped:
         file = os.memfd_create("weights")
         try:
             with open(file, "wb", closefd=False) as stream:
-                stream.write(memoryview(np.ascontiguousarray(weights.buffer)))
+                write(weights, stream)
+                size = stream.tell()
             path = f"/proc/{os.getpid()}/fd/{file}"
-            mapped = cls(weights.version, weights.digest, weights.manifest, len(weights.buffer), path)
+            mapped = cls(weights.version, weights.digest, weights.manifest, size, path)
         except BaseException:
             os.close(file)
             raise
@@ -262,4 +263,5 @@ class _Mapped:
         """In a child, while the parent still has it."""
         with open(self.path, "rb") as file:
             memory = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
-        return Snapshot(self.version, self.digest, self.manifest, np.frombuffer(memory, np.uint8))
+        pieces = cut(np.frombuffer(memory, np.uint8), self.manifest)
+        return Snapshot(self.version, self.digest, self.manifest, pieces)

@@ -11,7 +11,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.engine import EngineBroken, EngineSpec, Rejected, check_length, finished
-from actors.weights import Broadcast, Interrupted, Refused, Snapshot, verify
+from actors.weights import (
+    Broadcast,
+    Interrupted,
+    ModelFiles,
+    Refused,
+    Shape,
+    Snapshot,
+    adapted,
+    check_adapters,
+    verify,
+)
+from core.memory import keep_freed_memory
 from core.schema import Completion, Group, GroupRequest, Sampling
 
 
@@ -27,6 +38,7 @@ def prepare_environment(spec: EngineSpec) -> None:
     if spec.deterministic and spec.device == "cuda":
         os.environ["VLLM_BATCH_INVARIANT"] = "1"  # on CPU its kernels are: see tests/actors/test_vllm_engine.py
     if spec.device == "cpu":
+        keep_freed_memory()  # of logits and activations in every step, of packed weights in every publish
         os.environ["OMP_NUM_THREADS"] = str(spec.threads)
         # Left alone, workers of several engines pin themselves to the same first cores.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -38,6 +50,14 @@ def make(spec: EngineSpec) -> VLLMEngine:
     """An engine of vLLM, ready to serve the weights on disk as version 0."""
     prepare_environment(spec)
     return VLLMEngine(spec)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Weights that were checked; with a `shadow`, they are also in the form that the kernels want."""
+
+    weights: Snapshot | Broadcast
+    shadow: Any = None  # of actors.vllm_shadow
 
 
 @dataclass(slots=True)
@@ -58,7 +78,10 @@ class VLLMEngine:
         self._tokenizer = self._llm.get_tokenizer()
         self._pending: dict[str, _Pending] = {}
         self._finished_tokens = 0
-        self._layout: list[tuple[str, tuple[int, ...]]] = []  # names and shapes of the first snapshot
+        self._layout: dict[str, Shape] = {}  # of the first snapshot
+        one_process = spec.device == "cpu" and spec.tensor_parallel == 1 and spec.enforce_eager
+        workers = self._llm.collective_rpc(_itself) if one_process else []
+        self._worker = next((each for each in workers if each.can_prepare()), None)  # prepares beside the steps
         self._updates = 0  # changes of the weights, those that were interrupted too
 
     def add(self, request: GroupRequest) -> None:
@@ -122,39 +145,58 @@ class VLLMEngine:
         states = list(self._llm.output_processor.request_states.values())  # a copy: another thread may be asking
         return self._finished_tokens + sum(state.detokenizer.num_output_tokens() for state in states)
 
-    def update_weights(self, weights: Snapshot | Broadcast) -> str:
-        self._check(weights)
+    def prepare(self, weights: Snapshot | Broadcast) -> Ready:
+        try:
+            self._check(weights)
+            if isinstance(weights, Broadcast) or self._worker is None:
+                return Ready(weights)
+            return Ready(weights, self._worker.prepare(weights))
+        except Refused:
+            raise
+        except Exception as error:  # the weights that serve were not touched
+            raise Refused(f"weights of version {weights.version} cannot be loaded: {error}") from error
+
+    def update_weights(self, weights: Snapshot | Broadcast | Ready) -> str:
+        ready = weights if isinstance(weights, Ready) else self.prepare(weights)
+        version = ready.weights.version
         self._updates += 1
         self.version, self.digest = -1, ""  # nobody's, until all of them are there
         try:
-            digest = self._receive(weights)
+            digest = self._receive(ready)
         except Interrupted:
             raise
         except Exception as error:
-            raise EngineBroken(f"loading weights of version {weights.version} failed: {error}") from error
-        self._llm.set_weight_version(str(weights.version))
+            raise EngineBroken(f"loading weights of version {version} failed: {error}") from error
+        self._llm.set_weight_version(str(version))
         self._llm.reset_prefix_cache()
-        self.version, self.digest = weights.version, digest
+        self.version, self.digest = version, digest
         return digest
 
     def _check(self, weights: Snapshot | Broadcast) -> None:
         """Raises Refused for weights that must not be loaded, before anything is touched."""
         if isinstance(weights, Broadcast) and self.spec.weight_transfer != "nccl":
             raise Refused(f"this engine takes weights by {self.spec.weight_transfer}, not by nccl")
+        entries = weights.layout if isinstance(weights, Broadcast) else weights.manifest
+        shapes = {name: shape for name, _, shape in entries}
+        if adapted(shapes):
+            check_adapters(shapes, ModelFiles(self.spec.model, self.spec.revision).shapes(), weights.version)
         if isinstance(weights, Snapshot):
             verify(weights)
-            layout = sorted((entry.name, entry.shape) for entry in weights.manifest)
-            if self._layout and layout != self._layout:
+            if self._layout and shapes != self._layout:
                 raise Refused(f"weights of version {weights.version}: other names or shapes than those before them")
-            self._layout = layout
+            self._layout = shapes
 
-    def _receive(self, weights: Snapshot | Broadcast) -> str:
+    def _receive(self, ready: Ready) -> str:
         from actors.vllm_nccl import broadcast_info
         from actors.vllm_weights import snapshot_info
 
+        weights = ready.weights
         if isinstance(weights, Broadcast):
             self._update(broadcast_info(weights))
             return agreed(weights.version, self._llm.collective_rpc("received"))
+        if ready.shadow is not None:
+            ready.shadow.take_over()
+            return weights.digest
         with snapshot_info(weights, self.spec.tensor_parallel) as info:
             if self.spec.weight_transfer == "nccl":  # not by way of the learner's group
                 self._llm.collective_rpc("load_snapshot", args=(info,))
@@ -179,6 +221,11 @@ class VLLMEngine:
 
         self._llm.engine_core.shutdown()
         cleanup_dist_env_and_memory()
+
+
+def _itself(wrapper: Any) -> Any:
+    """A worker, for one that lives in this process."""
+    return wrapper.worker
 
 
 def agreed(version: int, outcomes: list[tuple[str, str]]) -> str:

@@ -26,7 +26,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
-from actors.weights import Broadcast, Checksum, Layout, check_complete
+from actors.weights import Broadcast, Checksum, Layout, ModelFiles, adapted, check_complete, merged
 
 NAME = "nccl_verified"  # NcclReceiver's among vLLM's weight transfers
 CHECKSUMS = "alignlab.checksums"  # what travels after the last tensor
@@ -88,11 +88,12 @@ class NcclReceiver(NCCLWeightTransferEngine):
         An interruption is no error here, because vLLM has to finish the update: that puts its layers together again.
         """
         self.outcome = ("", "it has not ended")
-        model, intake = self.model, _Intake(self.model)
+        model, intake = self.model, _Intake(self.model, hold=bool(adapted(update_info.names)))
         self.model = intake  # all that the base class does with it is to call its load_weights
         try:
             with abort_after(update_info.seconds, self.shutdown) as late:
                 super().receive_weights(update_info)
+                intake.load_held(self.model_config)
             problem = f"not all of it came within {update_info.seconds:.0f} s" if late.is_set() else ""
         except Exception as error:
             self.shutdown()
@@ -103,12 +104,16 @@ class NcclReceiver(NCCLWeightTransferEngine):
 
 
 class _Intake:
-    """Stands in for the model while weights come in: it sees them before vLLM cuts, fuses and repacks them."""
+    """Stands in for the model while weights come in: it sees them before vLLM cuts, fuses and repacks them.
 
-    def __init__(self, model: Any) -> None:
+    With `hold`, for adapters, it keeps them until the last has come: an adapter's halves may come apart.
+    """
+
+    def __init__(self, model: Any, hold: bool = False) -> None:
         self._model, self._checksum = model, Checksum()
         self._sent: torch.Tensor | None = None
         self._loaded: set[str] | None = set()
+        self._held: dict[str, torch.Tensor] | None = {} if hold else None
 
     def load_weights(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
         """A part of the tensors, as they came; the sender's checksums are the last of the last part."""
@@ -119,7 +124,18 @@ class _Intake:
             rest.append(last)
         for name, tensor in rest:
             self._checksum.add(name, tensor)
-        loaded = self._model.load_weights(rest) if rest else set()
+        if self._held is not None:
+            self._held |= {name: tensor.clone() for name, tensor in rest}  # their buffer is used again
+        elif rest:
+            self._load(rest)
+
+    def load_held(self, model_config: Any) -> None:
+        """Load what was held, with the engine's own model."""
+        if self._held is not None:
+            self._load(complete(model_config, self._held.items()))
+
+    def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        loaded = self._model.load_weights(weights)
         self._loaded = None if loaded is None or self._loaded is None else self._loaded | loaded  # some do not say
 
     def digest(self, parameters: set[str]) -> str:
@@ -128,6 +144,14 @@ class _Intake:
             raise ValueError("the weights that came are not those that were sent")
         check_complete(parameters, parameters if self._loaded is None else self._loaded)
         return self._checksum.digest()
+
+
+def complete(model_config: Any, sent: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
+    """All weights of which these were sent: themselves, or where they are adapters, merged with the engine's own."""
+    given = dict(sent)
+    if not adapted(given):
+        return given.items()
+    return merged(ModelFiles(model_config.model, model_config.revision), given)
 
 
 # Sending -------------------------------------------------------------------------------------------------------------

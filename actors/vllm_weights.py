@@ -1,7 +1,8 @@
 """How new weights enter a vLLM worker, by way of vLLM's own weight-transfer API.
 
 `ObjectStoreTransfer` is a backend of ours that takes a Snapshot; `actors.vllm_nccl` receives from GPU to GPU. Importing
-this module registers both under their names; workers import it because it holds their `worker_extension_cls`.
+this module registers both under their names; workers import it because it holds their `worker_extension_cls`. A CPU
+engine of one worker goes another way, on which nothing stands still: `actors.vllm_shadow`.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.vllm_nccl import NAME as NCCL
-from actors.vllm_nccl import NcclReceiver
-from actors.weights import Snapshot, check_complete
+from actors.vllm_nccl import NcclReceiver, complete
+from actors.vllm_shadow import Shadow, fits
+from actors.weights import Snapshot, check_complete, cut, write
 
 
 @dataclass
@@ -67,8 +69,9 @@ class ObjectStoreTransfer(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdat
     def receive_weights(self, update_info: ObjectStoreUpdate) -> None:
         weights = update_info.snapshot
         if update_info.path:
-            weights = replace(weights, buffer=np.memmap(update_info.path, dtype=np.uint8, mode="r"))
-        loaded = self.model.load_weights((name, t.to(self.device)) for name, t in weights.tensors())
+            weights = replace(weights, pieces=cut(np.memmap(update_info.path, np.uint8, "r"), weights.manifest))
+        tensors = complete(self.model_config, weights.tensors())
+        loaded = self.model.load_weights((name, t.to(self.device)) for name, t in tensors)
         check_complete(self._parameters, self._parameters if loaded is None else loaded)
 
     def finish_weight_update(self) -> None:
@@ -113,6 +116,14 @@ class WorkerExtension:
             transfer.update_weights(info)
             transfer.finish_weight_update()
 
+    def can_prepare(self) -> bool:
+        """Whether `prepare` is for this worker's model."""
+        return fits(self.model_runner.get_model())
+
+    def prepare(self, weights: Snapshot) -> Shadow:
+        """A verified snapshot made ready beside the model that serves; called on another thread than all else."""
+        return Shadow(self.model_runner.get_model(), complete(self.vllm_config.model_config, weights.tensors()))
+
     def join_group(self, info: dict[str, Any], seconds: float) -> str:
         """Join the learner's NCCL group; "", or why not: an exception would count as a failure of the worker."""
         try:
@@ -134,6 +145,6 @@ def snapshot_info(weights: Snapshot, processes: int) -> Iterator[dict[str, Any]]
         return
     shared = Path("/dev/shm")
     with tempfile.NamedTemporaryFile(dir=shared if os.access(shared, os.W_OK) else None, prefix="alignlab-") as file:
-        weights.buffer.tofile(file)
+        write(weights, file)
         file.flush()
-        yield {"snapshot": replace(weights, buffer=np.empty(0, np.uint8)), "path": file.name}
+        yield {"snapshot": replace(weights, pieces=()), "path": file.name}

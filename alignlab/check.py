@@ -4,15 +4,21 @@ but the scoring process."""
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
-from alignlab.plan import Plan, describe, load_tokenizer, make_plan
+from alignlab.balance import balance, said
+from alignlab.plan import Plan, describe, load_tokenizer, make_plan, shown
 from alignlab.sources import prompt_stream
 from core.config import RunConfig
+from core.errors import UserError
 from core.schema import Completion, Group, Prompt
 
 
-def check(config: RunConfig) -> str:
-    """The report as text. Raises UserError for whatever would stop the run at its start."""
+def check(config: RunConfig, run: Path | None = None) -> str:
+    """The report as text. Raises UserError for whatever would stop the run at its start.
+
+    run: one that was measured, whose pools are judged; none is the run of this config, if it has begun.
+    """
     plan = make_plan(config)
     config = plan.config
     prompts = prompt_stream(config.data, load_tokenizer(config.model), config.seed, plan.rows)
@@ -27,7 +33,17 @@ def check(config: RunConfig) -> str:
         text = _sample_answer(prompt)
         lines += ["a made-up completion:", _indent(text), "", "what each component says of it:"]
         lines += asyncio.run(_scores(plan, prompt, text))
-    return "\n".join(lines)
+    return "\n".join(
+        [*lines, *_measured(Path(config.output_dir) / config.name if run is None else run, run is not None)]
+    )
+
+
+def _measured(run: Path, named: bool) -> list[str]:
+    """Which pool a run has waited for. Raises UserError where a run that was `named` does not say it."""
+    found = balance(run)
+    if found is None and named:
+        raise UserError(f"--run: the files of {run} do not say how long its parts take; it needs actors and 4 steps")
+    return [] if found is None else ["", f"as {shown(run.absolute())} was measured:", *map(_indent, said(found))]
 
 
 def _sample_answer(prompt: Prompt) -> str:

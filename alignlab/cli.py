@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (_add_train, _add_eval, _add_check, _add_ls, _add_report, _add_rescore, _add_grade):
         add(verbs)
-    for add in (_add_audit, _add_replay, _add_simulate, _add_drain, _add_fit_reward, _add_fit_thresholds):
+    for add in (_add_audit, _add_replay, _add_profile, _add_simulate, _add_drain, _add_fit_reward, _add_fit_thresholds):
         add(verbs)
     return parser
 
@@ -125,6 +125,15 @@ def _add_replay(verbs: Verbs) -> None:
     verb.add_argument("folder", metavar="RUN", help="folder of a run")
     verb.add_argument("--from", type=int, metavar="STEP", help="checkpoint to begin with (default: the earliest)")
     verb.add_argument("--steps", type=_positive(int), help="how many (default: to the end)")
+
+
+def _add_profile(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs, "profile", "when which process of a run did what, for ui.perfetto.dev or chrome://tracing", _profile,
+        "alignlab profile runs/quickstart",
+    )  # fmt: skip
+    verb.add_argument("folder", metavar="RUN", help="folder of a run, ended or not")
+    verb.add_argument("--out", help="the trace (default: profile/timeline.json.gz in the run's folder)")
 
 
 def _add_simulate(verbs: Verbs) -> None:
@@ -195,6 +204,9 @@ def _add_check(verbs: Verbs) -> None:
         "alignlab check configs/quickstart.yaml",
     )  # fmt: skip
     _config_arguments(verb)
+    verb.add_argument(
+        "--run", dest="measured", metavar="RUN", help="a run that was measured (default: the config's own)"
+    )
 
 
 def _add_ls(verbs: Verbs) -> None:
@@ -242,10 +254,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from alignlab.check import check
     from core.loading import load_config
 
-    print(check(load_config(arguments.config, arguments.overrides)))
+    run = Path(arguments.measured).expanduser() if arguments.measured else None
+    print(check(load_config(arguments.config, arguments.overrides), run))
     print(f"\nnext: alignlab train {shlex.join([arguments.config, *arguments.overrides])}")
     return 0
 
@@ -284,6 +299,12 @@ def _replay(arguments: argparse.Namespace) -> int:
     from alignlab.replay import replay
 
     return replay(arguments)
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from alignlab.profile import profile
+
+    return profile(arguments)
 
 
 def _simulate(arguments: argparse.Namespace) -> int:

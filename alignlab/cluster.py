@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from core.config import RunConfig
+from core.cores import allowed
 from core.errors import UserError
 
 THREADS_PER_CORE = 8  # that a run may ask for on its own machine
@@ -59,6 +60,20 @@ def check_room(config: RunConfig, *, sampling: bool = True) -> None:
                 "actors.count, actors.tensor_parallel, learner.ranks or threads, change actors.device or "
                 "learner.device, or name a larger cluster in cluster.address"
             )
+
+
+def pins_cores(config: RunConfig, *, sampling: bool = True) -> bool:
+    """`cluster.pin_cores`, where it is not said what it stands for: whether processes are to have cores of their own.
+
+    Those that take turns cannot fight. With fewer cores than compute threads all share them: who is bound to one could
+    not move away from whoever else is there. On a cluster Ray counts the cores.
+    """
+    if config.cluster.pin_cores is not None:
+        return config.cluster.pin_cores
+    if config.rollout.max_staleness == 0 or config.cluster.address is not None:
+        return config.rollout.max_staleness > 0
+    asked = pools(config, here()["GPU"], sampling=sampling)
+    return sum(pool["CPU"] for pool in asked.values()) <= len(allowed())
 
 
 def describe_pools(asked: dict[str, Counter[str]]) -> str:

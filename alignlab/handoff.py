@@ -11,11 +11,11 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.pool import CALL_SECONDS, ActorPool, Published, brief
-from actors.weights import Broadcast, Layout, Stored, layout, snapshot
+from actors.weights import Broadcast, Layout, Stored, layout, size, view
 from learner.pool import LearnerPool
 
 Tensors = Iterator[tuple[str, Any]]
@@ -50,7 +50,8 @@ class Handoff:
         published = await self._actors.publish(stored)
         if not published.loaded:
             raise HandoffFailed(f"no actor serves version {version}: {published.stale}")
-        return published
+        costs = {"weights/bytes": stored.nbytes, "weights/put_seconds": stored.seconds}
+        return replace(published, costs={**published.costs, **costs})
 
     async def _put(self) -> Stored:
         return await self._learner.export(PutSnapshot(self._actors.spec.dtype))
@@ -93,12 +94,13 @@ class Handoff:
             return None, f"not received: {without or reasons}"
         if published.digest != digest:
             return None, "the actors have received other weights than the learner has sent"
-        return published, ""
+        costs = {"weights/bytes": size(self._layout)}
+        return replace(published, costs={**published.costs, **costs}), ""
 
 
 @dataclass(frozen=True)
 class PutSnapshot:
-    """Pack the tensors in the engines' dtype and leave them in Ray's object store."""
+    """Leave the tensors, in the engines' dtype, in Ray's object store: one copy, straight from where they are."""
 
     dtype: str
 
@@ -106,8 +108,10 @@ class PutSnapshot:
         """The bytes stay on the learner's machine until an actor asks for them."""
         import ray
 
-        weights = snapshot(tensors, version, self.dtype)
-        return Stored(version, weights.digest, ray.put(weights))
+        started = time.monotonic()
+        weights = view(tensors, version, self.dtype)
+        reference = ray.put(weights)
+        return Stored(version, weights.digest, reference, weights.nbytes, time.monotonic() - started)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,10 @@ METRICS: dict[str, Meaning] = {
     "eval/<benchmark>/unscored": Meaning("completions without a verdict, left out", "0", "read the details in evals/"),
     "eval/<benchmark>/tokens_per_second": Meaning("sampling speed of the evaluation", "steady", "actors.max_num_seqs"),
     "time/step": Meaning(
-        "seconds from one step's end to the next", "steady", "the largest part below is the bottleneck"
+        "seconds from the end of the step before to the moment when the actors serve this one's weights; its parts are "
+        "wait_groups, weigh, keep, train, wait_publish and publish, and the driver itself",
+        "steady",
+        "the largest part is the bottleneck; the report says which pool it is",
     ),
     "time/wait_groups": Meaning(
         "seconds the learner waited for scored groups",
@@ -89,8 +92,37 @@ METRICS: dict[str, Meaning] = {
         "far below time/train",
         "rewards with state are scored one group after the other: make them fast",
     ),
+    "time/keep": Meaning(
+        "seconds until what the learner is given was written", "far below time/train", "a faster disk for output_dir"
+    ),
     "time/train": Meaning("seconds in the learner's step", "steady", "add learner ranks"),
+    "time/wait_publish": Meaning(
+        "seconds until the new weights might be served: a deterministic run first samples what the old ones owe",
+        "0 unless rollout.deterministic",
+        "rollout.deterministic costs overlap",
+    ),
     "time/publish": Meaning("seconds until every actor served the new version", "far below time/step", "use nccl"),
+    "weights/bytes": Meaning(
+        "of a version's weights on their way to the actors", "steady", "actors.dtype bfloat16, or model.lora"
+    ),
+    "weights/put_seconds": Meaning(
+        "seconds in which the learner put them where the actors fetch them", "far below time/step", "as weights/bytes"
+    ),
+    "weights/prepare_seconds": Meaning(
+        "seconds in which the slowest actor checked and packed them, sampling meanwhile",
+        "far below time/step",
+        "as weights/bytes",
+    ),
+    "weights/stall_seconds": Meaning(
+        "seconds in which the slowest actor did not sample for them: on CPU pointers change, on GPUs they are loaded",
+        "below 0.1 on CPU",
+        "use nccl on GPUs",
+    ),
+    "time/write": Meaning(
+        "seconds of writing metrics and rollouts of the step before, while actors sample",
+        "far below time/step",
+        "a faster disk for output_dir",
+    ),
     "time/checkpoint": Meaning("seconds of the checkpoint before this step", "far below time/step", "checkpoint.every"),
     "time/eval": Meaning("seconds of the evaluation", "", "eval.limit, eval.every"),
 }
@@ -187,7 +219,9 @@ OVERVIEW = {
     "clipping": ["policy/clip_.*"],
     "groups without signal": ["reward/equal_groups", "reward/unscorable"],
     "gradient": ["optim/grad_norm"],
-    "seconds": ["time/.*"],
+    "seconds of a step": ["time/(?!learner|eval).*"],
+    "seconds of the learner": ["time/learner.*"],
+    "actors at work, and what the learner reaches of its device": ["rollout/busy", "learner/mfu"],
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from alignlab import benchmarks
 from alignlab.benchmarks import Benchmark
-from alignlab.cluster import check_room, describe_pools, here, pools
+from alignlab.cluster import check_room, describe_pools, here, pins_cores, pools
 from alignlab.prompts import Row, check_rows, check_template, is_file, load_rows
 from alignlab.reward_checks import check_reward_data, check_rewards
 from alignlab.sources import check_sources
@@ -85,7 +85,8 @@ def make_plan(config: RunConfig) -> Plan:
     method = _resolve(config)
     rows, problems = loaded or _load(config)
     check_reward_data(config, rows, problems)
-    return Plan(absolute(config), method, problems, rows)
+    pinned = pins_cores(config, sampling="demonstrations" not in method.needs)
+    return Plan(_put(absolute(config), "cluster.pin_cores", pinned), method, problems, rows)
 
 
 def _files_only(config: RunConfig) -> bool:
@@ -252,9 +253,10 @@ def describe(plan: Plan) -> str:
     c, r = plan.config, plan.config.rollout
     rows = r.prompts * plan.group_size
     updates = c.learner.minibatches * c.learner.epochs
+    what = f", adapters of rank {c.model.lora.rank}" if c.model.lora else ""
     lines = [
         f"run       {c.name} in {shown(Path(c.output_dir) / c.name)}, {c.steps} steps, seed {c.seed}",
-        f"policy    {shown(c.model.path)} ({c.model.dtype})",
+        f"policy    {shown(c.model.path)} ({c.model.dtype}{what})",
         f"method    {plan.method.name}: {', '.join(f'{k} {v}' for k, v in plan.method.pieces().items())}",
         f"step      {r.prompts} prompts x {plan.group_size} completions = {rows} completions, at most "
         f"{rows * r.max_tokens} completion tokens; {updates} update{'s' * (updates > 1)} of "
@@ -287,4 +289,5 @@ def _pools(plan: Plan) -> str:
     asked = describe_pools(pools(config, have["GPU"], sampling=not plan.demonstrations))
     if config.cluster.address is not None:
         return f"{asked}; the cluster at {config.cluster.address} must have them"
-    return f"{asked}; this machine has {have['CPU']} CPU and {have['GPU']} GPU"
+    own = ", so each process keeps to cores of its own" if config.cluster.pin_cores and not have["GPU"] else ""
+    return f"{asked}; this machine has {have['CPU']} CPU and {have['GPU']} GPU{own}"

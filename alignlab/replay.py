@@ -28,7 +28,8 @@ from core.errors import UserError
 from core.loading import load_config
 from core.schema import Group, Mixture
 
-MEASURED = ("time/", "learner/tokens_per_second", "learner/peak_memory_gib")
+MEASURED = ("time/", "learner/tokens_per_second", "learner/flops_per_second", "learner/mfu")
+MEASURED += ("learner/peak_memory_gib",)
 """Metrics of the learner that say how fast it was, not what it did."""
 
 

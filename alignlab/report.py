@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from alignlab.markup import Markup, join, tag
 from alignlab.plan import shown
-from alignlab.report_curves import legend, other_curves, policy_curves, reward_curves
+from alignlab.report_curves import bottleneck, legend, other_curves, policy_curves, reward_curves
 from alignlab.report_headline import benchmarks, environment, facts, options
 from alignlab.report_rewards import agreement, overoptimization, statuses, warnings
 from alignlab.report_rollouts import rollouts
@@ -44,6 +44,7 @@ SECTIONS = (
     Section("Warnings", warnings),
     Section("Reward", reward_curves, "Means over a step's completions; the total has the weights of its step.", True),
     Section("Policy and time", policy_curves, overlaid=True),
+    Section("Which pool is the bottleneck", bottleneck),
     Section(
         "Weights, constraints and multipliers",
         weighting,

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from alignlab.balance import balance, said
 from alignlab.markup import Markup, Text, join, number, tag
 from alignlab.plots import COLOURS, DASHES, Line, area_plot, line_plot, span, window
 from alignlab.run_files import RunFiles, union
@@ -37,9 +38,14 @@ POLICY = (
     Curve("groups without signal", "share", ("reward/equal_groups", "reward/unscorable"), True),
     Curve("loss", "loss", ("policy/loss",)),
     Curve("speed", "tokens per second", ("rollout/tokens_per_second",), True),
+    Curve("actors at work, and what the learner reaches of its device", "share", ("rollout/busy", "learner/mfu"), True),
 )
-PARTS = ("time/wait_groups", "time/weigh", "time/train", "time/publish")  # of time/step; what they leave is `other`
-ELSEWHERE = r"weighting/|diagnostics/|overoptimization/|reward/|eval/[^ ]*/(accuracy|low|high)$|time/step$"
+# Seconds of a step and of its part in the learner, by what they went for; what the parts leave is `other`.
+STEP = ("time/wait_groups", "time/weigh", "time/keep", "time/train", "time/wait_publish", "time/publish")
+LEARNER = tuple(f"time/learner_{phase}" for phase in ("collate", "passes", "gradients", "optimizer"))
+SPLITS = {"time of a step": ("time/step", STEP), "time of the learner": ("time/learner", LEARNER)}
+SEEN = 0.005  # a part with a smaller share is in `other`
+ELSEWHERE = r"weighting/|diagnostics/|overoptimization/|reward/|eval/[^ ]*/(accuracy|low|high)$|time/(step|learner)$"
 
 
 # ---------------------------------------------------------------- sections
@@ -54,14 +60,23 @@ def reward_curves(runs: Sequence[RunFiles]) -> Markup:
 
 def policy_curves(runs: Sequence[RunFiles]) -> Markup:
     """Lengths, entropy, divergences, clipping, staleness, gradient, and the time of each run's steps."""
-    return smoothing(runs, grid(runs, POLICY, last=[_time_split(run, len(runs) > 1) for run in runs]))
+    return smoothing(
+        runs, grid(runs, POLICY, last=[_split(run, title, len(runs) > 1) for run in runs for title in SPLITS])
+    )
 
 
 def other_curves(runs: Sequence[RunFiles]) -> Markup:
     """Small pictures of every metric that no other section shows."""
-    drawn = {name for curve in POLICY for name in curve.names} | {*PARTS}
+    drawn = {name for curve in POLICY for name in curve.names} | {*STEP, *LEARNER}
     names = union(n for run in runs for n in run.metrics if n not in drawn and not re.match(ELSEWHERE, n))
     return grid(runs, [Curve(name, "", (name,)) for name in sorted(names)], class_="grid small")
+
+
+def bottleneck(runs: Sequence[RunFiles]) -> Markup:
+    """Which pool each run waits for, and what split of its devices would be best; nothing where it was not measured."""
+    found = [(run, balance(run.path)) for run in runs]
+    lines = [(run.label if len(runs) > 1 else "", line) for run, each in found if each for line in said(each)]
+    return join(tag("p", f"{label}: " if label else None, line) for label, line in lines)
 
 
 def legend(runs: Sequence[RunFiles]) -> Markup | None:
@@ -199,20 +214,21 @@ def _evaluation(runs: Sequence[RunFiles], benchmark: str) -> Markup:
     return panel(f"{benchmark}: accuracy", picture, ends=lines[0] if len(lines) == 1 else None)
 
 
-def _time_split(run: RunFiles, named: bool) -> Markup | None:
+def _split(run: RunFiles, title: str, named: bool) -> Markup | None:
     """Seconds of each step, by what they went for; only steps that have all parts."""
-    whole, parts = dict(run.metrics.get("time/step", ())), {n: dict(run.metrics.get(n, ())) for n in PARTS}
-    parts = {name: values for name, values in parts.items() if values}
+    whole, names = dict(run.metrics.get(SPLITS[title][0], ())), SPLITS[title][1]
+    parts = {name: dict(run.metrics[name]) for name in names if name in run.metrics}
     steps = [step for step in whole if all(step in values for values in parts.values())]
     if not parts or len(steps) < 2:
         return None
-    layers = [(colour_of(PARTS.index(name)), [values[step] for step in steps]) for name, values in parts.items()]
-    layers.append(("#999999", [max(0.0, whole[s] - sum(values[s] for values in parts.values())) for s in steps]))
-    total = sum(sum(values) for _, values in layers) or 1.0
-    names = [*map(_short, parts), "other"]
-    shares = [(f"{n} {sum(values) / total:.0%}", c, None) for n, (c, values) in zip(names, layers, strict=True)]
-    title = "time of a step" + (f": {run.label}" if named else "")
-    return panel(title, area_plot(layers, steps, unit="seconds"), below=key(shares))
+    total = sum(whole[step] for step in steps) or 1.0
+    seen = [name for name in parts if sum(parts[name][step] for step in steps) >= SEEN * total]
+    layers = [(colour_of(names.index(name)), [parts[name][step] for step in steps]) for name in seen]
+    layers.append(("#999999", [max(0.0, whole[s] - sum(parts[name][s] for name in seen)) for s in steps]))
+    told = [*(_short(name).removeprefix("learner ") for name in seen), "other"]
+    shares = [(f"{n} {sum(values) / total:.0%}", c, None) for n, (c, values) in zip(told, layers, strict=True)]
+    caption = title + (f": {run.label}" if named else "")
+    return panel(caption, area_plot(layers, steps, unit="seconds"), below=key(shares))
 
 
 def _constant(runs: Sequence[RunFiles], curve: Curve) -> str | None:

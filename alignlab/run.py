@@ -24,11 +24,14 @@ from alignlab.archive import Archive
 from alignlab.coordinator import Coordinator
 from alignlab.metrics import MetricsWriter, group_metrics, rollout_rows, step_line
 from alignlab.plan import Plan
+from alignlab.profile import NAME as TIMELINE
+from alignlab.profile import write_timeline
 from alignlab.run_dir import RunDir
 from alignlab.sources import advantage_signal, alignment_signal, by_source
 from alignlab.watchdog import Blocked, Watchdog
 from core.patience import settled
 from core.schema import Group, GroupRequest, Mixture, group_id, sample_seed
+from learner.profiling import PROFILED, step_folder
 from rewards.math_answer import final_answer
 
 Say = Callable[[str], None]
@@ -74,7 +77,7 @@ class Run:
     _may_publish: asyncio.Event = field(default_factory=asyncio.Event)
     _step_ended: float = field(default_factory=time.monotonic)
     _step_seconds: list[float] = field(default_factory=list)
-    _checkpoint_seconds: float | None = None  # of the checkpoint after the last step
+    _after: dict[str, float] = field(default_factory=dict)  # seconds of what followed the last step's publication
 
     async def loop(self) -> None:
         """Run to the last step, or to the end of the step during which `stop` was called; then save.
@@ -301,12 +304,14 @@ class Run:
             if not self.plan.demonstrations:
                 groups, mixture = await self._weigh(groups, step)
                 metrics |= self.composer.metrics(groups)
-        digest = self.archive.keep_step(groups, mixture)
+        with _timed(times, "time/keep"):
+            digest = self.archive.keep_step(groups, mixture)
         with _timed(times, "time/train"), self.watchdog.waiting("train", f"step {version}"):
             result = await self.learner.step(groups, step, mixture)
         self._may_publish.clear()
         self._tell(e.Trained(step, int(metrics["rollout/masked"]), digest))
-        await self._may_publish.wait()
+        with _timed(times, "time/wait_publish"):
+            await self._may_publish.wait()
         with _timed(times, "time/publish"), self.watchdog.waiting("publish", f"version {version}"):
             published = await self.publish(version)
         self._tell(e.Served(version, published.loaded, published.stale, published.digest))
@@ -316,7 +321,13 @@ class Run:
         if not self.plan.demonstrations:
             metrics |= self.composer.learn(result.kl, means)
             metrics |= await self._mix_sources(groups, result.advantages)
-        self._write(version, groups, result, metrics | times | rates)
+        metrics |= result.metrics | times | rates | published.costs | self._after
+        self._after.clear()
+        with _timed(self._after, "time/write"):
+            self._write(version, groups, result, metrics)
+        if self.plan.config.profile and len(self._step_seconds) == PROFILED:
+            out = step_folder(self.run_dir.path, version) / TIMELINE
+            await asyncio.to_thread(write_timeline, self.run_dir.path, out)
         if (every := self.plan.config.checkpoint.every) and version % every == 0:
             await self._checkpoint(version)
         self.actors.metrics()  # what was sampled for the evaluation is no rollout
@@ -361,9 +372,6 @@ class Run:
     def _write(self, step: int, groups: list[Group], result: Any, metrics: dict[str, float]) -> None:
         self._step_seconds = [*self._step_seconds[-19:], metrics["time/step"]]
         counts = self.coordinator.counts
-        metrics |= result.metrics
-        if self._checkpoint_seconds is not None:
-            metrics["time/checkpoint"], self._checkpoint_seconds = self._checkpoint_seconds, None
         metrics["rollout/retried"], metrics["rollout/refused"] = counts["retried"], counts["refused"]
         metrics["rollout/dropped"] = self.coordinator.tally()["dropped"]
         self.writer.write(step, metrics)
@@ -377,8 +385,7 @@ class Run:
 
     async def _checkpoint(self, step: int) -> None:
         """Everything that the next step depends on, in one folder that is there as a whole or not at all."""
-        started = time.monotonic()
-        with self.watchdog.waiting("checkpoint", f"step {step}"):
+        with _timed(self._after, "time/checkpoint"), self.watchdog.waiting("checkpoint", f"step {step}"):
             folder = self.run_dir.begin_checkpoint(step)
             await self.learner.save(folder)
             if self.plan.config.rollout.deterministic:  # after a power cut it could not sample them again
@@ -391,7 +398,7 @@ class Run:
             await asyncio.to_thread(self.run_dir.commit_checkpoint, step, state, keep=keep)
         self.archive.record([e.Record("checkpoint", {"step": step, "offset": state["ledger_offset"]})])
         self.archive.prune(min(checkpoint.state()["ledger_offset"] for checkpoint in self.run_dir.checkpoints()))
-        self.saved, self._checkpoint_seconds = step, time.monotonic() - started
+        self.saved = step
 
 
 class _timed:

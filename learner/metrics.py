@@ -111,17 +111,17 @@ class Totals:
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank says of a step: sums and counts by name, what it was spent on, its highest memory in GiB."""
+    """What one rank says of a step: sums and counts by name, what it was spent on, its highest memory in GiB, and the
+    operations a second that its device can do."""
 
     pairs: dict[str, tuple[float, float]]
     spent: Spent
     memory: float
+    peak: float
 
 
-def over_ranks(
-    ranks: Sequence[Report], whole: Mapping[str, tuple[Tensor | float, Tensor | float]], peak: float
-) -> dict[str, float]:
-    """The metrics of a step. `whole`: pairs that are of all ranks; `peak`: operations a second of one device."""
+def over_ranks(ranks: Sequence[Report], whole: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> dict[str, float]:
+    """The metrics of a step. `whole`: pairs that are of all ranks."""
     merged, step_level = Totals(), Totals()
     for report in ranks:
         merged.add(report.pairs)
@@ -135,12 +135,15 @@ def over_ranks(
         "learner/tokens_per_second": tokens / max(report.spent.seconds for report in ranks),
         "learner/micro_batches": max(report.pairs.get("learner/tokens", (0.0, 0.0))[1] for report in ranks),
         "learner/peak_memory_gib": max(report.memory for report in ranks),
-        **spending([report.spent for report in ranks], peak),
+        **spending([report.spent for report in ranks], sum(report.peak for report in ranks)),
     }
 
 
 def spending(ranks: Sequence[Spent], peak: float) -> dict[str, float]:
-    """Seconds by phase, of the slowest rank so that they sum to its time; operations of all ranks, where known."""
+    """Seconds by phase, of the slowest rank so that they sum to its time; operations of all ranks, where known.
+
+    peak: operations a second that all their devices together can do.
+    """
     slowest = max(ranks, key=lambda spent: spent.seconds)
     times = {f"time/learner_{phase}": seconds for phase, seconds in slowest.phases.items()}
     found = {"time/learner": slowest.seconds, **times}
@@ -149,4 +152,4 @@ def spending(ranks: Sequence[Spent], peak: float) -> dict[str, float]:
         return found
     rate = sum(operations) / slowest.seconds
     work = {"learner/flops": sum(operations), "learner/flops_per_second": rate}
-    return {**found, **work, "learner/mfu": rate / (peak * len(ranks))}
+    return {**found, **work, "learner/mfu": rate / peak}

@@ -106,11 +106,39 @@ def test_publish_relabels_requests_in_flight_and_wait_lets_them_finish(start):
     assert (c.id, set(c.completions[0].versions)) == ("c", {2})
 
 
+class Thorough(FakeEngine):
+    """Takes its time to prepare weights."""
+
+    def prepare(self, weights):
+        time.sleep(0.3)
+        return super().prepare(weights)
+
+    def update_weights(self, weights):
+        self.version = weights.version
+        return weights.digest
+
+
+def test_the_engine_goes_on_while_weights_are_prepared():
+    actor = RolloutActor("actor-0", 0, SPEC, functools.partial(Thorough, latency=0.02))
+    try:
+        actor.submit([request("a", seeds=(6,), max_tokens=40, ignore_eos=True)])
+        while actor.status().tokens < 2:
+            time.sleep(0.001)
+        before = actor.status().tokens
+        stats = actor.publish(weights(1))
+        assert stats.tokens > before + 5  # of 15 steps that fit into the time
+        assert stats.prepare_seconds >= 0.3 > 0.1 > stats.stall_seconds
+        versions = collect(actor, 1)[0].completions[0].versions
+        assert versions.count(0) >= stats.tokens > 0 and set(versions) == {0, 1}
+    finally:
+        actor.close()
+
+
 def test_refused_weights_leave_the_old_version_serving(start):
     actor = start()
     good = actor.publish(weights(1))
     bad = weights(2)
-    bad = replace(bad, buffer=np.bitwise_xor(bad.buffer, 1))
+    bad = replace(bad, pieces=(np.bitwise_xor(bad.pieces[0], 1),))
     with pytest.raises(Refused):
         actor.publish(bad)
     assert (actor.status().version, actor.status().digest) == (1, good.digest)

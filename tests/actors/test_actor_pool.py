@@ -157,7 +157,7 @@ def test_publish_says_who_serves_the_version_and_corrupt_weights_change_nothing(
     async def scenario(pool):
         first = await pool.publish(weights(1))
         bad = weights(2)
-        refused = await pool.publish(replace(bad, buffer=np.bitwise_xor(bad.buffer, 1)))
+        refused = await pool.publish(replace(bad, pieces=(np.bitwise_xor(bad.pieces[0], 1),)))
         groups = [group async for group in pool.run(requests(4))]
         return first, refused, groups
 

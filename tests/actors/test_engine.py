@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from actors.engine import EngineSpec, FakeEngine, Rejected
-from actors.weights import Snapshot
+from actors.weights import Snapshot, snapshot
 from core.loading import parse_config
 from core.schema import GroupRequest, Prompt, Sampling
 
@@ -24,10 +24,7 @@ def drain(engine) -> dict:
 
 
 def fake_weights(version: int) -> Snapshot:
-    import numpy as np
-
-    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # sha256 of nothing
-    return Snapshot(version, empty, (), np.empty(0, np.uint8))
+    return snapshot([], version)
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours():

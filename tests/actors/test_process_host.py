@@ -98,7 +98,7 @@ def test_a_child_starts_light_and_its_call_waits_in_one_thread_while_another_ans
 
 def test_errors_arrive_as_themselves_or_as_what_they_say(tmp_path):
     async def scenario(host, handle, stats):
-        bad = replace(weights(1), buffer=np.bitwise_xor(weights(1).buffer, 1))
+        bad = replace(weights(1), pieces=(np.bitwise_xor(weights(1).pieces[0], 1),))
         with pytest.raises(Refused, match="changed on the way"):
             await handle.call("publish", host.share(bad), timeout=10.0)
         with pytest.raises(RuntimeError, match="Odd: not today"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -173,10 +175,10 @@ def test_new_weights_serve_at_once_with_their_version_and_digest(engine, model):
 def test_a_flipped_byte_is_refused_and_the_old_weights_serve_on(engine, model):
     engine.update_weights(good := weights_of(model))
     bad = weights_of(changed(model))
-    buffer = bad.buffer.copy()
-    buffer[len(buffer) // 2] ^= 1
+    embedding = bad.pieces[0].copy()
+    embedding[len(embedding) // 2] ^= 1
     with pytest.raises(Refused, match="changed on the way"):
-        engine.update_weights(replace(bad, buffer=buffer))
+        engine.update_weights(replace(bad, pieces=(embedding, *bad.pieces[1:])))
     with pytest.raises(Refused, match="other names or shapes"):
         engine.update_weights(snapshot(list(model.named_parameters())[1:], 9, "float32"))
     with pytest.raises(Refused, match="not by nccl"):
@@ -247,6 +249,105 @@ def test_generated_tokens_count_those_in_flight(engine):
     assert engine.generated() - before == 20
 
 
+def test_weights_are_prepared_beside_steps_and_change_nothing_before_they_serve(engine, model):
+    engine.update_weights(before := weights_of(model))
+    alone = generate(engine, request("a", seeds=range(8), max_tokens=60, ignore_eos=True))["a"]
+    with ThreadPoolExecutor(1) as thread:
+        engine.add(request("a", seeds=range(8), max_tokens=60, ignore_eos=True))
+        other = changed(model)
+        after, ready = weights_of(other), []
+        for _ in range(58):
+            if not ready or ready[-1].done():
+                ready.append(thread.submit(engine.prepare, after))
+            engine.step()
+        assert len(ready) > 1 and engine.version == before.version
+        engine.update_weights(ready[-1].result())
+        beside = drain(engine)["a"]
+    for c, d in zip(alone.completions, beside.completions, strict=True):
+        assert d.versions == (before.version,) * 58 + (after.version,) * 2
+        assert c.token_ids[:58] == d.token_ids[:58] and c.rollout_logprobs[:58] == d.rollout_logprobs[:58]
+    assert worst(other, generate(engine, request("b"))["b"]) < TOLERANCE
+
+
+def test_old_weights_are_freed_at_once(engine, model):
+    """Not when Python looks for cycles: a set of weights is as large as the model."""
+    from vllm._custom_ops import CPUDNNLGEMMHandler
+
+    counts = []
+    gc.collect(), gc.disable()
+    try:
+        for _ in range(3):
+            engine.update_weights(weights_of(model))
+            counts.append(sum(isinstance(each, CPUDNNLGEMMHandler) for each in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert counts[0] > 0 and len(set(counts)) == 1
+
+
+def adapters(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Of two parameters of the policy, and its last norm as a whole."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def pair(name: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
+        a, b = torch.randn(2, columns, generator=draw), torch.randn(rows, 2, generator=draw)
+        return {f"{name}.lora_A": a * 0.1, f"{name}.lora_B": b * 0.1}
+
+    return {
+        **pair("model.layers.0.self_attn.q_proj.weight", 128, 128),
+        **pair("model.layers.2.mlp.down_proj.weight", 128, 384),
+        "model.norm.weight": torch.full((128,), 1.5),
+    }
+
+
+def with_adapters(model, given: dict[str, torch.Tensor]):
+    """The policy as peft would merge it."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name in given:
+                parameter.copy_(given[name])
+            elif f"{name}.lora_A" in given:
+                parameter += given[f"{name}.lora_B"] @ given[f"{name}.lora_A"]
+    return other
+
+
+@pytest.fixture
+def takes_other_names(engine, monkeypatch):
+    """A run trains adapters or it does not, so an engine refuses the one after the other: not here."""
+    monkeypatch.setattr(engine, "_layout", {})
+    yield
+    engine._layout = {}
+
+
+def test_adapters_alone_make_the_same_weights_as_all_of_them_merged(engine, model, takes_other_names):
+    given = adapters()
+    other = with_adapters(model, given)
+    weights = snapshot(given.items(), next(VERSIONS))
+    assert weights.nbytes < 0.05 * weights_of(model).nbytes
+    assert engine.update_weights(weights) == weights.digest
+    alone = generate(engine, request("a"))["a"]
+    engine._layout = {}
+    engine.update_weights(weights_of(other))
+    whole = generate(engine, request("a"))["a"]
+    assert worst(other, alone) < TOLERANCE < worst(model, alone)
+    for c, d in zip(alone.completions, whole.completions, strict=True):
+        assert c.token_ids == d.token_ids and c.rollout_logprobs == pytest.approx(d.rollout_logprobs, abs=1e-5)
+
+
+def test_adapters_add_to_the_models_own_weights_and_not_to_the_last_ones(engine, model, takes_other_names):
+    for seed in (1, 2):
+        engine.update_weights(snapshot(adapters(seed).items(), next(VERSIONS)))
+    assert worst(with_adapters(model, adapters(2)), generate(engine, request("a"))["a"]) < TOLERANCE
+
+
+def test_an_adapter_for_a_parameter_that_the_model_lacks_is_refused(engine, takes_other_names):
+    version = engine.version
+    lost = snapshot([("lm_head.weight.lora_A", torch.ones(1, 128)), ("lm_head.weight.lora_B", torch.ones(400, 1))], 3)
+    with pytest.raises(Refused, match=r"an adapter for 'lm_head\.weight' which the engine's own model lacks"):
+        engine.update_weights(lost)
+    assert engine.version == version
+
+
 def test_a_snapshot_reaches_other_processes_through_a_file(engine, model):
     """Workers in other processes read the buffer from a file; the same worker code serves both ways."""
     from actors.vllm_weights import snapshot_info
@@ -254,7 +355,7 @@ def test_a_snapshot_reaches_other_processes_through_a_file(engine, model):
     other = changed(model)
     weights = weights_of(other)
     with snapshot_info(weights, processes=2) as info:
-        assert info["snapshot"].buffer.size == 0 and os.path.getsize(info["path"]) == weights.buffer.nbytes
+        assert info["snapshot"].pieces == () and os.path.getsize(info["path"]) >= weights.nbytes
         engine._update(info)
         path = info["path"]
     assert not os.path.exists(path)
@@ -328,6 +429,35 @@ def test_a_broadcast_is_served_with_the_digest_of_what_came(engine, model, recei
     # A head tied to the embedding is packed again after a snapshot only, which matters to CPU kernels only.
     engine.update_weights(weights_of(model))
     assert worst(model, generate(engine, request("a"))["a"]) < TOLERANCE
+
+
+def through(wire: torch.Tensor, part: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+    """Tensors in the buffer in which vLLM receives one part after the other."""
+    found, offset = [], 0
+    for name, tensor in part:
+        piece = wire[offset : offset + tensor.nbytes].view(tensor.dtype).copy_(tensor.flatten())
+        found.append((name, piece.view(tensor.shape)))
+        offset += tensor.nbytes
+    return found
+
+
+def test_broadcast_adapters_are_merged_when_all_have_come(engine, model, receiver, takes_other_names):
+    from actors.vllm_nccl import CHECKSUMS
+
+    given, checksum = adapters(), Checksum()
+    for name, tensor in given.items():
+        checksum.add(name, tensor)
+    tensors, wire = list(given.items()), torch.empty(2**16, dtype=torch.uint8)
+
+    def parts():
+        for part in (tensors[:1], tensors[1:], [(CHECKSUMS, checksum.sums())]):  # A and B of one come apart
+            yield through(wire, part)
+
+    receiver.comes = parts()
+    assert engine.update_weights(Broadcast(7, layout(tensors))) == checksum.digest()
+    engine._layout = {}
+    engine.update_weights(snapshot(given.items(), 8))  # packs the tied head again, see above
+    assert worst(with_adapters(model, given), generate(engine, request("a"))["a"]) < TOLERANCE
 
 
 def test_importing_the_folder_loads_no_heavy_library():

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 
-from actors.weights import Checksum, Refused, check_complete, layout, snapshot, verify
+from actors.weights import (
+    Checksum,
+    Refused,
+    check_adapters,
+    check_complete,
+    cut,
+    layout,
+    merged,
+    snapshot,
+    verify,
+    view,
+    write,
+)
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -20,20 +33,25 @@ TENSORS = {
 }
 
 
-def test_tensors_survive_and_start_at_aligned_offsets():
+def test_tensors_survive_a_pickle_and_one_buffer():
     weights = snapshot(TENSORS.items(), version=3)
-    # "a" takes 24 bytes, so "b" starts at 64, "c" at 128, and the empty one after c's 8 bytes at 192
-    assert [entry.offset for entry in weights.manifest] == [0, 64, 128, 192]
-    back = dict(pickle.loads(pickle.dumps(weights)).tensors())
-    assert back.keys() == TENSORS.keys() and weights.version == 3
-    for name, tensor in TENSORS.items():
-        assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor)
+    stream = io.BytesIO()
+    write(weights, stream)
+    # "a" takes 24 bytes, so "b" starts at 64, "c" at 128, and the empty one at 192
+    assert len(stream.getvalue()) == 192 and weights.nbytes == 24 + 4 + 8
+    pieces = cut(np.frombuffer(stream.getvalue(), np.uint8), weights.manifest)
+    for back in (pickle.loads(pickle.dumps(weights)), replace(weights, pieces=pieces)):
+        verify(back)
+        tensors = dict(back.tensors())
+        assert tensors.keys() == TENSORS.keys() and back.version == 3
+        for name, tensor in TENSORS.items():
+            assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
 
 
-def test_the_digest_is_the_sha256_of_header_and_bytes():
+def test_the_digest_is_the_xxh3_of_header_and_bytes():
     one = snapshot([("a", torch.tensor([1.0]))], version=1)
-    by_hand = hashlib.sha256(b"('a', 'float32', (1,))" + np.float32(1).tobytes()).hexdigest()
-    assert one.digest == by_hand
+    by_hand = xxhash.xxh3_128(b"('a', 'float32', (1,))" + np.float32(1).tobytes()).hexdigest()
+    assert one.digest == f"xxh3:{by_hand}"
     verify(one)
 
 
@@ -43,20 +61,22 @@ def test_floating_tensors_take_the_engines_dtype():
     assert weights["a"].float().equal(TENSORS["a"])  # small integers are exact in bfloat16
 
 
-def test_a_snapshot_is_a_copy():
+def test_a_snapshot_is_a_copy_and_a_view_is_none():
     tensor = torch.ones(4)
-    weights = snapshot([("a", tensor)], version=1)
+    copied, seen = snapshot([("a", tensor)], version=1), view([("a", tensor)], version=1)
+    assert copied.digest == seen.digest
     tensor.zero_()
-    assert dict(weights.tensors())["a"].sum() == 4
+    assert dict(copied.tensors())["a"].sum() == 4 and dict(seen.tensors())["a"].sum() == 0
+    with pytest.raises(Refused, match="changed on the way"):
+        verify(seen)
 
 
-@pytest.mark.parametrize("position", [0, 23, 64, 135])
-def test_one_flipped_byte_is_refused(position):
+@pytest.mark.parametrize(("piece", "byte"), [(0, 0), (0, 23), (1, 0), (2, 7)])
+def test_one_flipped_byte_is_refused(piece, byte):
     weights = snapshot(TENSORS.items(), version=5)
-    buffer = weights.buffer.copy()
-    buffer[position] ^= 1
+    weights.pieces[piece][byte] ^= 1
     with pytest.raises(Refused, match=r"version 5.*changed on the way"):
-        verify(replace(weights, buffer=buffer))
+        verify(weights)
 
 
 @pytest.mark.parametrize("change", [{"name": "z"}, {"dtype": "int32"}, {"shape": (3, 2)}])
@@ -67,10 +87,36 @@ def test_a_changed_manifest_is_refused(change):
         verify(replace(weights, manifest=manifest))
 
 
-def test_a_buffer_that_ends_early_is_refused():
+def test_a_piece_that_ends_early_is_refused():
     weights = snapshot(TENSORS.items(), version=5)
-    with pytest.raises(Refused, match="ends within 'c'"):
-        verify(replace(weights, buffer=weights.buffer[:130]))
+    with pytest.raises(Refused, match="'c' has 2 bytes, not 8"):
+        verify(replace(weights, pieces=(*weights.pieces[:2], weights.pieces[2][:2], weights.pieces[3])))
+
+
+def test_adapters_are_added_to_the_models_own_weights_and_what_was_trained_whole_replaces_them():
+    base = {"q": torch.zeros(2, 3, dtype=torch.bfloat16), "v": torch.ones(2, 2), "norm": torch.ones(3)}
+    given = {"q.lora_A": torch.tensor([[1.0, 2.0, 3.0]]), "q.lora_B": torch.tensor([[10.0], [1.0]]), "v": torch.eye(2)}
+    whole = dict(merged(base, given))
+    assert list(whole) == ["q", "v", "norm"]  # in the order of the model's own files
+    assert whole["q"].tolist() == [[10, 20, 30], [1, 2, 3]] and whole["q"].dtype == torch.float32
+    assert whole["v"].tolist() == [[1, 0], [0, 1]] and whole["norm"].tolist() == [1, 1, 1]
+    both = given | {"q": torch.ones(2, 3)}  # trained whole and adapted
+    assert dict(merged(base, both))["q"].tolist() == [[11, 21, 31], [2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"z.lora_A": (1, 3), "z.lora_B": (2, 1)}, "'z' which the engine's own model lacks"),
+        ({"q.lora_A": (1, 3)}, r"'q' of shapes A \[1, 3\] and B \[\]"),
+        ({"q.lora_A": (1, 3), "q.lora_B": (2, 2)}, r"B \[2, 2\], which do not make its \[2, 3\]"),
+        ({"q.lora_A": (1, 4), "q.lora_B": (2, 1)}, r"A \[1, 4\]"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(given, problem):
+    check_adapters({"q.lora_A": (1, 3), "q.lora_B": (2, 1), "norm": (3,)}, {"q": (2, 3)}, version=4)
+    with pytest.raises(Refused, match=f"version 4 have an adapter for .*{problem}"):
+        check_adapters(given, {"q": (2, 3)}, version=4)
 
 
 def test_a_layout_says_in_which_dtype_tensors_will_travel():

@@ -1,6 +1,7 @@
 """Whole runs on real parts: Ray, vLLM actors, FSDP2 learner ranks, scoring processes. Small, but nothing is faked."""
 
 import contextlib
+import gzip
 import json
 import os
 import signal
@@ -109,7 +110,9 @@ def rows(path):
 @pytest.fixture(scope="module")
 def plain(home):
     """One rank, one actor: what all the others are compared with. Its folder."""
-    path = config(home, "plain", steps=4, checkpoint={"every": 1, "keep": 3}, eval__benchmarks=["few.jsonl"])
+    changes = {"checkpoint": {"every": 1, "keep": 3}, "eval__benchmarks": ["few.jsonl"], "profile": True}
+    changes["cluster__pin_cores"] = True
+    path = config(home, "plain", steps=4, **changes)
     train(home, path)
     return home / "runs" / "plain"
 
@@ -134,6 +137,28 @@ def test_a_run_leaves_everything_behind(plain):
     assert summary["result"]["problems"] == 6 and summary["version"] == 4
     kept = sorted(p.name for p in (plain / "checkpoints").glob("step-*"))
     assert kept == ["step-000002", "step-000003", "step-000004"]
+
+
+def test_the_third_step_is_profiled_in_every_process(plain):
+    folder = plain / "profile" / "step-000003"
+    assert {path.name for path in folder.iterdir()} == {"learner-0.json.gz", "learner-0.txt", "timeline.json.gz"}
+    traces = [json.loads(gzip.decompress(path.read_bytes()))["traceEvents"] for path in sorted(folder.glob("*.gz"))]
+    operators, spans = ([event for event in trace if event.get("ph") == "X"] for trace in traces)
+    step = next(row for row in rows(plain / "metrics.jsonl") if row["step"] == 3 and "time/step" in row)
+    lasted = {name: [e["dur"] / 1e6 for e in spans if e["name"] == name] for name in ("train", "gradients")}
+    assert lasted["train"][-1] == pytest.approx(step["time/train"], abs=0.01) and len(lasted["train"]) == 3
+    assert lasted["gradients"][-1] == pytest.approx(step["time/learner_gradients"], abs=0.01)
+    whole = sum(step[f"time/learner_{name}"] for name in ("gradients", "optimizer"))  # one is inside the other
+    assert sum(e["dur"] / 1e6 for e in operators if e["name"] == "gradients") == pytest.approx(whole, abs=0.05)
+    assert 0 < step["learner/mfu"] < 1.5 and step["learner/flops"] > 0
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core for both")
+def test_actor_and_learner_keep_to_cores_of_their_own(plain):
+    told = {log.name: log.read_text() for log in (plain / "logs").glob("*.log")}
+    cores = [line for text in told.values() for line in text.splitlines() if line.startswith("cores: ")]
+    claimed = [line for line in cores if "none are free" not in line]  # another run on this machine may have them
+    assert len(cores) == 2 and len(set(claimed)) == len(claimed)
 
 
 def test_tensorboard_reads_the_run(plain):

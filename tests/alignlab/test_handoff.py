@@ -298,6 +298,17 @@ def test_a_late_joiner_gets_the_label_of_the_weights_that_it_gets(tmp_path, net)
 
 
 @pytest.mark.parametrize("transfer", ["nccl", "object_store"])
+def test_a_publish_says_what_it_took(tmp_path, net, transfer):
+    async def scenario(learner, pool, publish, engines):
+        costs = (await publish(0)).costs
+        assert costs["weights/bytes"] == 16  # 4 float32
+        assert 0 <= costs["weights/stall_seconds"] < 1 and 0 <= costs["weights/prepare_seconds"] < 1
+        assert ("weights/put_seconds" in costs) == (transfer == "object_store")  # nothing is put for a broadcast
+
+    run(tmp_path, net, scenario, transfer=transfer)
+
+
+@pytest.mark.parametrize("transfer", ["nccl", "object_store"])
 def test_when_no_actor_is_left_a_publish_waits_for_the_first_replacement(tmp_path, net, transfer):
     async def scenario(learner, pool, publish, engines):
         lose(pool, "actor-0"), lose(pool, "actor-1")

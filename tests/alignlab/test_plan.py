@@ -219,6 +219,22 @@ def test_pools_ask_for_what_ray_is_asked_for():
     assert pools(config, gpus=0, sampling=False)["actors"]["CPU"] == 0
 
 
+def test_processes_that_work_at_the_same_time_keep_to_cores_of_their_own_where_there_are_enough(home, monkeypatch):
+    monkeypatch.setattr("alignlab.cluster.allowed", lambda: [4, 5])
+    overlap = "rollout.max_staleness=1"
+    plan = make_plan(load_config("run.yaml", [overlap]))  # an actor and a rank
+    assert plan.config.cluster.pin_cores is True and "each process keeps to cores of its own" in describe(plan)
+    plan = make_plan(load_config("run.yaml", [overlap, "actors.count=2"]))
+    assert plan.config.cluster.pin_cores is False and "of its own" not in describe(plan)
+    for changes, pinned in [
+        ([], False),  # on-policy they take turns
+        (["cluster.pin_cores=true"], True),
+        ([overlap, "actors.count=2", "cluster.address=auto"], True),
+        ([overlap, "cluster.pin_cores=false"], False),
+    ]:
+        assert make_plan(load_config("run.yaml", changes)).config.cluster.pin_cores is pinned, changes
+
+
 # ---------------------------------------------------------------- the command
 def test_mistakes_in_files_are_told_before_heavy_libraries_load(home):
     write("data.jsonl", [*ROWS, {"answer": "1"}])

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import json
 import math
 import sys
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from alignlab.coordinator import Coordinator
-from alignlab.ledger import Ledger
 from alignlab.outcome import outcome
 from alignlab.simulate import add_arguments, simulate
 from alignlab.virtual_actor import Job, Switch, VirtualActor
@@ -19,7 +17,8 @@ from alignlab.workload_fit import WorkClock, measure, shared_cores
 from alignlab.world import World
 from core.config import RolloutConfig
 from core.errors import UserError
-from core.loading import dump_config, load_config
+from core.loading import load_config
+from tests.recorded import record
 
 TEN = Recorded([[10]])  # every group is one completion of ten tokens
 
@@ -189,38 +188,8 @@ def recorded(tmp_path):
     """Makes the files that a run of a workload would leave, and says its pace."""
 
     def make(workload, config, actors):
-        now, batched, published, steps = [0.0], {}, {}, []
         folder = tmp_path / config.name
-        (folder / "rollouts").mkdir(parents=True)
-        ledger = Ledger.open(folder / "ledger.jsonl", sync_seconds=1e9, clock=lambda: now[0])
-        ledger.append([{"kind": "begin"}])
-
-        def heard(record, at):
-            now[0] = at
-            ledger.append([{"kind": record.kind, **record.fields}])
-            if record.kind == "batched":
-                batched[record.fields["step"]] = at
-                steps.append(record.fields["groups"])
-            if record.kind == "published":
-                published[record.fields["version"]] = at
-
-        r = config.rollout
-        world = run(
-            workload, actors, heard=heard, prompts=r.prompts, steps=config.steps, max_staleness=r.max_staleness,
-            window=r.window, capacity=8 if r.max_staleness else None,
-        )  # fmt: skip
-        ledger.close()
-        (folder / "config.yaml").write_text(dump_config(config))
-        (folder / "environment.json").write_text(json.dumps({"cpus": 2, "gpus": [] if workload.cores else ["H100"]}))
-        rows = []
-        for step, groups in enumerate(steps):
-            wait = batched[step] - (published[step] + workload.close_seconds if step else 0.0)
-            rows.append({"step": step + 1, "time/step": 1.0, "time/wait_groups": wait, "time/publish": 2.0})
-            lengths = [{"ordinal": o, "tokens": n} for o in groups for n in workload.lengths[o]]
-            text = "".join(json.dumps(row) + "\n" for row in lengths)
-            (folder / "rollouts" / f"step-{step + 1:06d}.jsonl").write_text(text)
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return folder, outcome(world, actors).steps_per_hour
+        return folder, record(folder, workload, config, actors)
 
     return make
 

@@ -115,15 +115,15 @@ def test_every_second_of_a_step_belongs_to_the_innermost_phase(monkeypatch: pyte
 
 def test_ranks_share_the_work_and_the_slowest_gives_the_time() -> None:
     ranks = [Spent({"collate": 1.0, "gradients": 3.0}, 600.0), Spent({"collate": 2.0, "gradients": 1.0}, 200.0)]
-    assert metrics.spending(ranks, peak=400.0) == {
+    assert metrics.spending(ranks, peak=800.0) == {
         "time/learner": 4.0,
         "time/learner_collate": 1.0,
         "time/learner_gradients": 3.0,
         "learner/flops": 800.0,
         "learner/flops_per_second": 200.0,
-        "learner/mfu": 0.25,  # 200 of 2 x 400
+        "learner/mfu": 0.25,  # 200 of 800
     }
-    unknown = metrics.spending([ranks[0], Spent({"collate": 1.0}, None)], peak=400.0)
+    unknown = metrics.spending([ranks[0], Spent({"collate": 1.0}, None)], peak=800.0)
     assert "learner/mfu" not in unknown and "learner/flops" not in unknown
 
 
