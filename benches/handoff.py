@@ -1,6 +1,6 @@
 """Weights from the learner to an actor that is sampling: bytes/s against a memory copy's, and what stands still.
 
-    python benches/handoff.py [--dtype bfloat16]        # about 3 minutes
+    python -m benches.handoff [--dtype bfloat16]        # about 3 minutes
 
 SmolLM2-135M, float32 in the learner's process, the engine's dtype on the way, a real Ray object store, one thread a
 process. In each round an actor samples 64 completions of 192 tokens; meanwhile the learner hands its weights over, as a

@@ -1,6 +1,6 @@
 """Tokens/s of one actor / tokens/s of a bare `vllm.LLM.generate`, on the same 256 completions of skewed lengths.
 
-    python benches/rollout.py [--dtype bfloat16]        # about 5 minutes
+    python -m benches.rollout [--dtype bfloat16]        # about 5 minutes
 
 SmolLM2-135M, 64 prompts x 4 completions of log-normal length (sigma 0.8), the same seed for each completion on both
 sides, one thread a side. The actor is a `RolloutActor` with vLLM inside, given its requests and polled as the pool does
