@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,19 @@ def check_room(config: RunConfig, *, sampling: bool = True) -> None:
                 "actors.count, actors.tensor_parallel, learner.ranks or threads, change actors.device or "
                 "learner.device, or name a larger cluster in cluster.address"
             )
+
+
+def check_compiler(config: RunConfig) -> None:
+    """Refuse to compile for a CPU where nothing compiles C++; on a cluster its machines will say. Raises UserError."""
+    on_gpu = config.learner.device == "cuda" or (config.learner.device == "auto" and here()["GPU"])
+    if not config.learner.compile or on_gpu or config.cluster.address is not None:
+        return
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"learner.compile: torch.compile needs a C++ compiler on CPU, there is no {compiler} here; install one, "
+            "name another in the environment's CXX, or leave the option out"
+        )
 
 
 def pins_cores(config: RunConfig, *, sampling: bool = True) -> bool:

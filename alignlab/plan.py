@@ -13,7 +13,7 @@ from typing import Any
 
 from alignlab import benchmarks
 from alignlab.benchmarks import Benchmark
-from alignlab.cluster import check_room, describe_pools, here, pins_cores, pools
+from alignlab.cluster import check_compiler, check_room, describe_pools, here, pins_cores, pools
 from alignlab.prompts import Row, check_rows, check_template, is_file, load_rows
 from alignlab.reward_checks import check_reward_data, check_rewards
 from alignlab.sources import check_sources
@@ -145,6 +145,7 @@ def _resolve(config: RunConfig) -> Any:
             wrong = "does not read it; leave it out" if named else f"reads {what} from it; name the column"
             raise UserError(f"{option}: method {method.name} {wrong}")
     check_room(config, sampling=sampling)
+    check_compiler(config)
     return method
 
 

@@ -210,6 +210,15 @@ def test_benchmarks_are_found_from_home(home):
 
 
 # ---------------------------------------------------------------- pools
+def test_blocks_are_compiled_only_where_something_compiles(home, monkeypatch):
+    monkeypatch.setenv("CXX", "true")  # a command that every machine has
+    plan("learner.compile=true")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="there is no no-such-compiler here"):
+        plan("learner.compile=true")
+    plan("learner.compile=true", "cluster.address=auto")
+
+
 def test_pools_ask_for_what_ray_is_asked_for():
     tree = {"name": "r", "steps": 1, "model": {"path": "m"}, "data": {"path": "d.jsonl"}}
     tree |= {"actors": {"count": 2, "threads": 3, "tensor_parallel": 4}, "learner": {"ranks": 5, "threads": 6}}
