@@ -16,7 +16,8 @@ from typing import Any, Literal, Protocol
 
 from actors.weights import Broadcast, Snapshot, verify
 from core.config import RunConfig
-from core.schema import Completion, Group, GroupRequest
+from core.schema import Completion, FinishReason, Group, GroupRequest
+from core.section import DType
 
 Device = Literal["cpu", "cuda"]
 
@@ -37,7 +38,7 @@ class EngineSpec:
     max_model_len: int
     revision: str | None = None
     device: Device = "cpu"
-    dtype: str = "float32"
+    dtype: DType = "float32"
     tensor_parallel: int = 1
     max_num_seqs: int = 256
     prefix_caching: bool = True
@@ -165,7 +166,7 @@ class FakeEngine:
         draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
         ends = position + 1 >= 2 + seed % 7 and not sampling.ignore_eos
         token = 2 if ends else 3 + draw % (self.vocabulary - 3)
-        reason = "stop" if ends else "length" if position + 1 >= sampling.max_tokens else "abort"
+        reason: FinishReason = "stop" if ends else "length" if position + 1 >= sampling.max_tokens else "abort"
         self._tokens += 1
         return replace(
             so_far,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.engine import EngineBroken, EngineSpec, Rejected, check_length, finished
 from actors.weights import (
@@ -24,6 +24,10 @@ from actors.weights import (
 )
 from core.memory import keep_freed_memory
 from core.schema import Completion, Group, GroupRequest, Sampling
+
+if TYPE_CHECKING:
+    from vllm import CompletionOutput, SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
 
 
 def prepare_environment(spec: EngineSpec) -> None:
@@ -105,8 +109,11 @@ class VLLMEngine:
         self._pending[request.id] = _Pending(request)
 
     def step(self) -> list[Group]:
+        from vllm import RequestOutput
+
         groups = []
         for output in self._llm.step():
+            assert isinstance(output, RequestOutput)  # the other kind is of pooling models
             name, _, sample = output.request_id.rpartition("/")
             pending = self._pending[name]
             pending.done[int(sample)] = self._completion(output.outputs[0])
@@ -115,10 +122,14 @@ class VLLMEngine:
                 groups.append(finished(pending.request, [pending.done[i] for i in range(len(pending.done))]))
         return groups
 
-    def _completion(self, output) -> Completion:
+    def _completion(self, output: CompletionOutput) -> Completion:
         """One finished sample. Raises EngineBroken when vLLM ended it for a reason that is no result."""
+        from vllm.logprobs import FlatLogprobs
+
         if output.finish_reason not in ("stop", "length"):
             raise EngineBroken(f"vLLM ended a sample with '{output.finish_reason}' instead of stop or length")
+        # Every finished sample has both, in the form that `_sampling_params` asks for.
+        assert output.weight_versions is not None and isinstance(output.logprobs, FlatLogprobs)
         token_ids = tuple(output.token_ids)
         versions = tuple(int(s.version) for s in output.weight_versions for _ in range(s.start, s.end))
         self._finished_tokens += len(token_ids)
@@ -127,7 +138,7 @@ class VLLMEngine:
             rollout_logprobs=tuple(output.logprobs.logprobs),  # flat, and only the sampled token's: logprobs=0
             versions=versions,
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
-            finish_reason=output.finish_reason,
+            finish_reason="stop" if output.finish_reason == "stop" else "length",
         )
 
     def abort(self, ids: Collection[str]) -> None:
@@ -143,7 +154,8 @@ class VLLMEngine:
 
     def generated(self) -> int:
         states = list(self._llm.output_processor.request_states.values())  # a copy: another thread may be asking
-        return self._finished_tokens + sum(state.detokenizer.num_output_tokens() for state in states)
+        detokenizers = (state.detokenizer for state in states)
+        return self._finished_tokens + sum(d.num_output_tokens() for d in detokenizers if d is not None)
 
     def prepare(self, weights: Snapshot | Broadcast) -> Ready:
         try:
@@ -238,7 +250,7 @@ def agreed(version: int, outcomes: list[tuple[str, str]]) -> str:
     return digests.pop()
 
 
-def _engine_args(spec: EngineSpec):
+def _engine_args(spec: EngineSpec) -> EngineArgs:
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import EngineArgs
 
@@ -278,7 +290,7 @@ def _draws(request: GroupRequest) -> list[tuple[Sampling, int]]:
     return [*drawn, (replace(request.sampling, temperature=0.0), 0)] if request.greedy else drawn
 
 
-def _sampling_params(sampling: Sampling, seed: int):
+def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

@@ -82,14 +82,16 @@ class NcclReceiver(NCCLWeightTransferEngine):
         )
         self.model_update_group = _usable(group)
 
-    def receive_weights(self, update_info: NcclUpdate) -> None:
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         """Raises ValueError for weights that are not those that were sent: they are in the model all the same.
 
         An interruption is no error here, because vLLM has to finish the update: that puts its layers together again.
         """
+        assert isinstance(update_info, NcclUpdate)  # the base class makes an `update_info_cls` of what is announced
         self.outcome = ("", "it has not ended")
         model, intake = self.model, _Intake(self.model, hold=bool(adapted(update_info.names)))
-        self.model = intake  # all that the base class does with it is to call its load_weights
+        # All that the base class does with it is to call its load_weights.
+        self.model = intake  # type: ignore[assignment]  # vLLM types it as any torch module
         try:
             with abort_after(update_info.seconds, self.shutdown) as late:
                 super().receive_weights(update_info)
@@ -245,16 +247,17 @@ def within(seconds: float, work: Callable[[], Result], late: Callable[[Result], 
     outcome: Future[Result] = Future()
 
     def run() -> None:
-        result, error = None, None
         try:
             if device is not None:
                 torch.cuda.set_device(device)  # a new thread would begin with device 0
             result = work()
-        except BaseException as caught:
-            error = caught
+        except BaseException as error:
+            if outcome.set_running_or_notify_cancel():
+                outcome.set_exception(error)
+            return
         if outcome.set_running_or_notify_cancel():
-            outcome.set_exception(error) if error else outcome.set_result(result)
-        elif error is None:
+            outcome.set_result(result)
+        else:
             late(result)
 
     threading.Thread(target=run, daemon=True).start()

@@ -99,9 +99,12 @@ def _empty(live: nn.Module, twin: nn.Module) -> None:
     info.restore_metadata = _without_values(parameters, live), _without_values(buffers, live)
     info.restore_device = torch.device("cpu")
     restore_layer_on_meta(twin, info)
-    if live._parameters.get("bias") is not None:  # vLLM leaves it in place and would load into the model's own
-        (meta,) = _without_values({"bias": live._parameters["bias"]}, live).values()
-        twin._parameters["bias"] = restore_layer_refs(materialize_meta_tensor(meta), twin)
+    bias = live._parameters.get("bias")
+    if bias is not None:  # vLLM leaves it in place and would load into the model's own
+        (meta,) = _without_values({"bias": bias}, live).values()
+        twin._parameters["bias"] = restore_layer_refs(  # type: ignore[assignment]  # its class is still that of `bias`
+            materialize_meta_tensor(meta), twin
+        )
     initialize_online_processing(twin)
 
 

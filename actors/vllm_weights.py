@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from vllm.config import set_current_vllm_config
+import torch
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -71,7 +73,9 @@ class ObjectStoreTransfer(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdat
         if update_info.path:
             weights = replace(weights, pieces=cut(np.memmap(update_info.path, np.uint8, "r"), weights.manifest))
         tensors = complete(self.model_config, weights.tensors())
-        loaded = self.model.load_weights((name, t.to(self.device)) for name, t in tensors)
+        loaded = self.model.load_weights(  # type: ignore[operator]  # vLLM types its models as any torch module
+            (name, t.to(self.device)) for name, t in tensors
+        )
         check_complete(self._parameters, self._parameters if loaded is None else loaded)
 
     def finish_weight_update(self) -> None:
@@ -86,7 +90,8 @@ class ObjectStoreTransfer(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdat
         """Nothing is held."""
 
 
-for name, backend in {"object_store": ObjectStoreTransfer, NCCL: NcclReceiver}.items():
+BACKENDS: dict[str, type[WeightTransferEngine]] = {"object_store": ObjectStoreTransfer, NCCL: NcclReceiver}
+for name, backend in BACKENDS.items():
     if name not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(name, backend)
 
@@ -103,8 +108,20 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
+class Runner(Protocol):
+    """What is used of the worker's part that runs the model."""
+
+    def get_model(self) -> nn.Module: ...
+
+
 class WorkerExtension:
     """Part of every vLLM worker (`worker_extension_cls`); that is also how the workers come to import this module."""
+
+    # Of the worker that this is mixed into. Only said here: vLLM refuses an extension that brings names of the worker.
+    vllm_config: VllmConfig
+    device: torch.device
+    model_runner: Runner
+    weight_transfer_engine: NcclReceiver  # where transfers go by NCCL, and only then its methods are called
 
     def load_snapshot(self, info: dict[str, Any]) -> None:
         """Load a snapshot whatever the configured transfer is: with NCCL, late joiners and failures come this way."""

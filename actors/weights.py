@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -127,10 +127,10 @@ def snapshot(named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, dt
     return view(((name, tensor.detach().clone()) for name, tensor in named_tensors), version, dtype)
 
 
-def write(weights: Snapshot, stream: BinaryIO) -> None:
+def write(weights: Snapshot, stream: IO[bytes]) -> None:
     """Put all pieces into one buffer, of which `cut` makes them again."""
     for piece in weights.pieces:
-        stream.write(memoryview(np.ascontiguousarray(piece)))
+        stream.write(np.ascontiguousarray(piece).data)
         stream.write(bytes(-piece.nbytes % ALIGNMENT))
 
 
@@ -295,7 +295,7 @@ def _weighted_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 def _add(digest: xxhash.xxh3_128, entry: Entry, piece: np.ndarray) -> None:
     digest.update(repr((entry.name, entry.dtype, entry.shape)).encode())
-    digest.update(memoryview(np.ascontiguousarray(piece)))
+    digest.update(np.ascontiguousarray(piece).data)
 
 
 def _text(digest: xxhash.xxh3_128) -> str:

@@ -42,7 +42,10 @@ def inject(hf: PreTrainedModel, config: LoraConfig, seed: int) -> None:
         raise UserError("model.lora: peft is not installed; `make env` installs what pyproject.toml names") from None
     chosen = targets(hf, config)
     options = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=chosen, base_model_name_or_path=hf.name_or_path
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft says int, and only divides it by r
+        target_modules=chosen,
+        base_model_name_or_path=hf.name_or_path,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

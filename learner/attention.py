@@ -82,9 +82,12 @@ class Packing:
         """Whole sequences right-padded, for kernels that know no parts: (sequences, token of each cell), and [N] a cell
         of each token in all rectangles laid end to end. A padding cell is token 0."""
         spans = {(i, p[1] + c[1]): (p, c) for i, (p, c) in enumerate(zip(self.prompts, self.completions, strict=True))}
-        found, places, filled = [], {}, 0
+        found: list[tuple[int, Tensor]] = []
+        places: dict[int, int] = {}
+        filled = 0
         for members in classes(list(spans)):
-            width, cells = members[0][1], []
+            width = members[0][1]
+            cells: list[int] = []
             for prompt, completion in map(spans.__getitem__, members):
                 tokens = [*range(prompt[0], sum(prompt)), *range(completion[0], sum(completion))]
                 places |= {token: filled + len(cells) + i for i, token in enumerate(tokens)}

@@ -15,6 +15,8 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -38,7 +40,8 @@ class Sequences:
 
     def rows(self, index: Sequence[int]) -> Sequences:
         """The sequences of some rows."""
-        return Sequences(*([column[i] for i in index] for column in (self.prompts, self.completions, self.groups)))
+        prompts, completions = [self.prompts[i] for i in index], [self.completions[i] for i in index]
+        return Sequences(prompts, completions, [self.groups[i] for i in index])
 
     def only(self, wanted: Sequence[bool]) -> Sequences:
         """The same rows, those that are not wanted without completion: no micro-batch will hold them."""
@@ -122,9 +125,9 @@ class Micro:
         targets = [t for r in rows for t in sequences.completions[r]]
         row = [i for i, count in enumerate(counts) for _ in range(count)]
         step = [t for count in counts for t in range(count)]
-        packed = (torch.tensor([x], dtype=torch.int64, device=device) for x in (tokens, positions))
-        cells = (torch.tensor(x, dtype=torch.int64, device=device) for x in (predict, targets, row, step))
-        return cls(list(rows), *packed, *cells, packing([prompts[k] for k in keys], spans, device))
+        of = partial(torch.tensor, dtype=torch.int64, device=device)
+        packed = packing([prompts[k] for k in keys], spans, device)
+        return cls(list(rows), of([tokens]), of([positions]), of(predict), of(targets), of(row), of(step), packed)
 
     def rectangle(self, values: Tensor, width: int) -> Tensor:
         """[M] values laid out as [len(rows), width]; zero where nothing was predicted. Differentiable."""
@@ -187,13 +190,22 @@ def collate(
     return batch, Sequences(prompts, [c.token_ids for c in completions], numbers)
 
 
+class _Beside(TypedDict, total=False):
+    """What rewards are compared with, each [B]."""
+
+    greedy_rewards: Tensor
+    answers: Tensor
+    baselines: Tensor
+
+
 def _beside_rewards(
     rows: Sequence[tuple[Group, int]], baseline_column: str | None, column: Callable[[list, torch.dtype], Tensor]
-) -> dict[str, Tensor]:
-    """What rewards are compared with, each [B], as far as the groups bring it."""
-    found = {}
-    if all(g.greedy for g, _ in rows):
-        found["greedy_rewards"] = column([g.greedy.totals[0] for g, _ in rows], torch.float64)
+) -> _Beside:
+    """As much of it as the groups bring."""
+    found: _Beside = {}
+    greedy = [g.greedy for g, _ in rows if g.greedy is not None]
+    if len(greedy) == len(rows):
+        found["greedy_rewards"] = column([g.totals[0] for g in greedy], torch.float64)
     if all(g.answers for g, _ in rows):
         classes = {answer: number for number, answer in enumerate(sorted({g.answers[i] for g, i in rows}))}
         found["answers"] = column([classes[g.answers[i]] for g, i in rows], torch.int64)

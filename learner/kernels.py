@@ -33,7 +33,8 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 class Part(Protocol):
     """Some of the scores of a packed row. `tokens` [n] int64: which tokens ask; each at most once."""
 
-    tokens: Tensor
+    @property
+    def tokens(self) -> Tensor: ...
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """query [N, heads, d], key and value [N, kv heads, d] -> (out [n, heads, d], lse [n, heads])."""

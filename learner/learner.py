@@ -199,7 +199,7 @@ class Learner:
     def _measured(self, batch: Batch, sequences: Sequences) -> Batch:
         """The batch with what passes without gradient say of it: old, reference and what else the method needs."""
         needs, updates = self.method.needs, self.config.learner.epochs * self.config.learner.minibatches
-        found: dict[str, Tensor] = {}
+        found: dict[str, Tensor | None] = {}
         # With a single update the old log-probs are those of the update's own forward pass: no pass is spent on them.
         wanted = "early_old" in needs or ("old" in needs and updates > 1)
         if wanted and "entropy" not in needs and self._engine_stands_in(batch):
@@ -260,6 +260,7 @@ class Learner:
         """One optimiser step on a minibatch, or none where there is nothing to train or nothing finite."""
         width = minibatch.mask.shape[1]
         # Filtered and rejected rows are in no term of the loss, so the model need not read them again.
+        assert minibatch.loss_mask is not None  # `normalise` has set it
         trained = minibatch.loss_mask.any(1).tolist()
         totals.add({"optim/empty": (float(not any(trained)), 1.0)})
         if not any(trained):
@@ -420,7 +421,8 @@ class Learner:
 
     def _trained(self) -> checkpoint.Trained:
         companions = {f"{field}/": (c.model.hf, c.optimiser) for field, c in self.companions.items()}
-        reference = {"reference/": (self.reference.hf, None)} if self._moves_reference and self.reference else {}
+        moving = self.reference if self._moves_reference else None
+        reference = {"reference/": (moving.hf, None)} if isinstance(moving, Policy) else {}
         return {"": (self.policy.hf, self.optimiser), **companions, **reference}
 
     def _load(self, path: str, checkpointing: bool = False, lora: LoraConfig | None = None) -> Policy:
@@ -440,6 +442,7 @@ class Learner:
 def _advantage(minibatch: Batch) -> Tensor:
     """Mean advantage of each row over its trained tokens, channels weighted, [B]; NaN where nothing is trained."""
     trained = minibatch.loss_mask
+    assert trained is not None  # `normalise` has set it
     counts = trained.sum(1)
     total = torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
     for channel in minibatch.channels:

@@ -91,7 +91,7 @@ class Totals:
     """Sums and counts under names. Parts of a metric add up over micro-batches, updates and ranks."""
 
     def __init__(self) -> None:
-        self.pairs: dict[str, tuple[float, float]] = {}
+        self.pairs: dict[str, tuple[Tensor | float, Tensor | float]] = {}
 
     def add(self, metrics: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
         """Add (sum, count) pairs."""
@@ -126,11 +126,12 @@ def over_ranks(ranks: Sequence[Report], whole: Mapping[str, tuple[Tensor | float
     for report in ranks:
         merged.add(report.pairs)
     step_level.add(whole)
-    tokens = merged.pairs.get("learner/tokens", (0.0, 0.0))[0]
+    sums = merged.numbers()
+    tokens = sums.get("learner/tokens", (0.0, 0.0))[0]
     return {
         **derived({**step_level.means(), **merged.means()}),
         # Every rank counts every update, so these are sums over the updates and not over the ranks.
-        **{n: merged.pairs.get(n, (0.0, 0.0))[0] / len(ranks) for n in ("optim/skipped", "optim/empty")},
+        **{n: sums.get(n, (0.0, 0.0))[0] / len(ranks) for n in ("optim/skipped", "optim/empty")},
         "learner/tokens": tokens,
         "learner/tokens_per_second": tokens / max(report.spent.seconds for report in ranks),
         "learner/micro_batches": max(report.pairs.get("learner/tokens", (0.0, 0.0))[1] for report in ranks),

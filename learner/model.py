@@ -250,7 +250,7 @@ def _check(policy: Policy, path: str) -> None:
 
     It finds heads that transform their logits in other ways, and layers whose state crosses packed sequences.
     """
-    vocabulary = policy.hf.get_input_embeddings().weight.shape[0]
+    vocabulary = policy.hf.get_input_embeddings().get_parameter("weight").shape[0]
     a, b, c = (tuple(7 * i % vocabulary for i in range(first, first + 5)) for first in (1, 9, 17))
     micro = Micro.of(Sequences([a, a], [b, c], [0, 0]), [0, 1], torch.device("cpu"), policy.shares_prompts)
     ours, _ = policy(micro)
@@ -277,4 +277,4 @@ def _without_dropout(hf: PreTrainedModel) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]  # torch knows only tensors and modules in one

@@ -47,7 +47,7 @@ class Optimizer:
         `away`: where moments lie between steps; None is where the parameters are.
         """
         self.config, self._away = config, away
-        self.names = {p: name for name, p in parameters if p.requires_grad}
+        self.names: dict[Tensor, str] = {p: name for name, p in parameters if p.requires_grad}
         by_muon = [p for p, n in self.names.items() if config.name == "muon" and p.ndim == 2 and n in blocks]
         by_adamw = [p for p in self.names if not any(p is q for q in by_muon)]
         groups = [
@@ -104,8 +104,9 @@ class Optimizer:
         for p in (p for group in plain for p in group["params"]):
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.adam.state[p] = {"step": torch.tensor(0.0), **moments}
-        for p in self.muon.param_groups[0]["params"] if self.muon else ():
-            self.muon.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+        if self.muon is not None:
+            for p in self.muon.param_groups[0]["params"]:
+                self.muon.state[p] = {"momentum_buffer": torch.zeros_like(p)}
 
 
 def _adam(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -113,7 +114,7 @@ def _adam(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.
     common: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     spikes = config.spikes
     if config.name == "spam":
-        reset = {"interval": spikes.interval, "warmup": spikes.warmup, "grace": spikes.grace}
+        reset: dict[str, Any] = {"interval": spikes.interval, "warmup": spikes.warmup, "grace": spikes.grace}
         return Spam(groups, **common, **reset, theta=spikes.theta)
     if config.name == "stable_spam":
         return StableSpam(groups, **common, interval=spikes.interval, gammas=spikes.gammas, norm=spikes.norm)
@@ -130,7 +131,7 @@ class Muon(torch.optim.Optimizer):
     its own part; the momentum stays sharded.
     """
 
-    def __init__(self, params: list[nn.Parameter], *, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(self, params: list[Tensor], *, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()

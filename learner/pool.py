@@ -76,7 +76,7 @@ class LearnerPool:
                 "learner.threads, or give the cluster more"
             ) from None
         workers = [
-            _Worker.options(
+            _Worker.options(  # type: ignore[attr-defined]  # ray's remote(...) with options is typed to leave the class
                 num_cpus=share["CPU"],
                 num_gpus=share.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank),

@@ -27,7 +27,7 @@ class TokenModel(Packed):
 
     def forward(self, micro: Micro) -> tuple[Tensor]:
         """A number for each of `micro.targets`, from what comes before it: [M] float32, alone in a tuple."""
-        return (self.hf.score(self.hidden(micro))[:, 0].float(),)
+        return (self.hf.get_submodule("score")(self.hidden(micro))[:, 0].float(),)
 
 
 @dataclass(frozen=True)

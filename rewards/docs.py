@@ -25,7 +25,11 @@ TABLES: dict[str, tuple[Registry, str]] = {
 
 def registry_table(members: Registry, about: str) -> str:
     """All members: name, options with defaults, meaning."""
-    rows = [(f"`{name}`", f"`{options}`" if options else "", meaning) for name, options, meaning in members.describe()]
+    # By name: the order of registration is that of imports, which differs.
+    rows = [
+        (f"`{name}`", f"`{options}`" if options else "", meaning)
+        for name, options, meaning in sorted(members.describe())
+    ]
     return _table(("name", "options", about), rows)
 
 

@@ -166,7 +166,7 @@ def test_a_small_disk_that_grows_whenever_it_is_full(tmp_path, calm):
 
 
 # ---------------------------------------------------------------- clock
-@pytest.mark.parametrize("every", [3, 40])
+@pytest.mark.parametrize("every", [3, 20])
 def test_a_clock_that_jumps_by_a_day_disturbs_nothing(tmp_path, calm, monkeypatch, every):
     real, asked = time.time, [0]
 
