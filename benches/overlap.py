@@ -1,6 +1,6 @@
 """How well generation and learning overlap: wall time of a step over the longer of the two, each pinned to a core.
 
-    python -m benches.overlap                        # about 10 minutes, with the quickstart's warm start
+    python -m benches.overlap                        # about 7 minutes, with the quickstart's warm start
 
 Every round runs the quickstart's policy twice, in turn: on-policy (generation and learning alternate, so each is
 measured alone) and with max_staleness 1. The ratio of a round is the median step of the second over the longer of the
@@ -17,7 +17,7 @@ from pathlib import Path
 from benches.harness import Ratio, alternate, main
 from benches.runs import Row, median, need_warm_start, train
 
-STEPS, WARM = 30, 5  # the first steps load and allocate
+STEPS, WARM = 16, 4  # the first steps load and allocate
 CORES = {"actor-0": 0, "learner-0": 1}
 CHANGES = ["rollout.prompts=64", "learner.token_budget=8192"]
 

@@ -1,6 +1,6 @@
 """Two actors against one in a run that is bound by generation: steps per second, one core for each actor.
 
-    python -m benches.two_actors                     # about 20 minutes, after `make quickstart`
+    python -m benches.two_actors                     # about 10 minutes, after `make quickstart`
 
 A real run whose learner has next to nothing to do: the policy (28 M random weights, the quickstart's tokenizer) never
 ends a completion by itself, so all are truncated, and the method drops truncated ones from the loss. What is left are
@@ -22,7 +22,7 @@ TASK = ROOT / "build" / "quickstart"
 STEPS, WARM = 8, 2
 CORES = {"actor-0": 0, "actor-1": 1, "learner-0": 1}
 CHANGES = [
-    *("method.drop_truncated=true", "rollout.prompts=32", "rollout.group_size=8", "rollout.max_tokens=64"),
+    *("method.drop_truncated=true", "rollout.prompts=16", "rollout.group_size=8", "rollout.max_tokens=64"),
     *("rollout.max_staleness=1", "actors.max_num_seqs=64", f"data.path={TASK}/train.jsonl"),
 ]
 
