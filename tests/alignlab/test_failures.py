@@ -85,9 +85,9 @@ class Driver:
                 continue
         raise AssertionError(f"nobody writes {log}")
 
-    def records(self, kind):
+    def records(self, *kinds):
         rows = map(json.loads, (self.run / "ledger.jsonl").read_text().splitlines())
-        return [row for row in rows if row["kind"] == kind]
+        return [row for row in rows if row["kind"] in kinds]
 
 
 def test_a_run_survives_dead_and_frozen_actors_and_a_dead_learner(home):
@@ -122,8 +122,14 @@ def test_a_run_survives_dead_and_frozen_actors_and_a_dead_learner(home):
 
     found = audit(driver.run)
     assert found.problems == []
-    refused = driver.records("refused")
-    assert any(row["actor"] == "actor-1" and row["attempt"] == 0 for row in refused), "what came late was not taken"
+    lease, moved = {}, 0
+    for row in driver.records("leased", "done"):
+        if row["kind"] == "leased":
+            moved += lease.get(row["group"], ("",))[0] == "actor-1"
+            lease[row["group"]] = (row["actor"], row["attempt"])
+        else:
+            assert lease[row["group"]] == (row["actor"], row["attempt"]), "what came late was not taken"
+    assert moved > 0, "the frozen actor's groups went to the other one"
     assert [row["reason"] for row in driver.records("begin")] == ["start", "learner lost"]
     starting = [(row["actor"], row["incarnation"]) for row in driver.records("actor") if row["state"] == "starting"]
     assert starting == [("actor-0", 1)], "nobody else was started again"
