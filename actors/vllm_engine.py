@@ -190,7 +190,7 @@ class VLLMEngine:
             raise Refused(f"this engine takes weights by {self.spec.weight_transfer}, not by nccl")
         entries = weights.layout if isinstance(weights, Broadcast) else weights.manifest
         shapes = {name: shape for name, _, shape in entries}
-        if adapted(shapes):
+        if adapted(shapes) and shapes != self._layout:
             check_adapters(shapes, ModelFiles(self.spec.model, self.spec.revision).shapes(), weights.version)
         if isinstance(weights, Snapshot):
             verify(weights)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignlab.cluster import on_gpu
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -129,11 +130,8 @@ def standing_still(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float] | N
 
 def devices(config: RunConfig, gpus: bool) -> tuple[int, int] | None:
     """Devices of an actor and of a learner rank; None where one pool has GPUs and the other does not."""
-    on_gpu = [
-        device == "cuda" or (device == "auto" and gpus) for device in (config.actors.device, config.learner.device)
-    ]
     parallel = config.actors.tensor_parallel
-    match on_gpu:
+    match [on_gpu(device, int(gpus)) for device in (config.actors.device, config.learner.device)]:
         case [True, True]:
             return parallel, 1
         case [False, False]:

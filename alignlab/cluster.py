@@ -23,6 +23,11 @@ def here() -> dict[str, int]:
     return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
 
 
+def on_gpu(device: str, gpus: int) -> bool:
+    """Where a pool runs whose option `device` says so, on a cluster with so many GPUs."""
+    return device == "cuda" or (device == "auto" and gpus > 0)
+
+
 def pools(config: RunConfig, gpus: int, *, sampling: bool = True) -> dict[str, Counter[str]]:
     """What each pool asks Ray for, for instance {"actors": {"CPU": 2}, "learner": {"CPU": 1, "GPU": 1}}.
 
@@ -33,11 +38,10 @@ def pools(config: RunConfig, gpus: int, *, sampling: bool = True) -> dict[str, C
     from rewards.pool import pooled
 
     actors, learner, models = config.actors, config.learner, config.rewards.models
-    on_gpu = {"cuda": True, "cpu": False, "auto": gpus > 0}
     parallel = actors.tensor_parallel
-    engine = {"CPU": 1, "GPU": parallel} if on_gpu[actors.device] else {"CPU": actors.threads * parallel}
-    rank = {"CPU": learner.threads} | ({"GPU": 1} if on_gpu[learner.device] else {})
-    model = {"CPU": 1, "GPU": 1} if on_gpu[models.device] else {"CPU": models.threads}
+    engine = {"CPU": 1, "GPU": parallel} if on_gpu(actors.device, gpus) else {"CPU": actors.threads * parallel}
+    rank = {"CPU": learner.threads} | ({"GPU": 1} if on_gpu(learner.device, gpus) else {})
+    model = {"CPU": 1, "GPU": 1} if on_gpu(models.device, gpus) else {"CPU": models.threads}
     bundles = {"actors": (actors.count if sampling else 0, engine), "learner": (learner.ranks, rank)}
     if pooled(config):
         bundles["rewards"] = (models.count, model)
@@ -65,8 +69,7 @@ def check_room(config: RunConfig, *, sampling: bool = True) -> None:
 
 def check_compiler(config: RunConfig) -> None:
     """Refuse to compile for a CPU where nothing compiles C++; on a cluster its machines will say. Raises UserError."""
-    on_gpu = config.learner.device == "cuda" or (config.learner.device == "auto" and here()["GPU"])
-    if not config.learner.compile or on_gpu or config.cluster.address is not None:
+    if not config.learner.compile or config.cluster.address is not None or on_gpu(config.learner.device, here()["GPU"]):
         return
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
@@ -84,8 +87,10 @@ def pins_cores(config: RunConfig, *, sampling: bool = True) -> bool:
     """
     if config.cluster.pin_cores is not None:
         return config.cluster.pin_cores
-    if config.rollout.max_staleness == 0 or config.cluster.address is not None:
-        return config.rollout.max_staleness > 0
+    if config.rollout.max_staleness == 0:
+        return False
+    if config.cluster.address is not None:
+        return True
     asked = pools(config, here()["GPU"], sampling=sampling)
     return sum(pool["CPU"] for pool in asked.values()) <= len(allowed())
 

@@ -24,6 +24,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from core import disk
 from core.errors import UserError
 
 Record = Mapping[str, Any]
@@ -63,7 +64,7 @@ class Ledger:
                 size = offset + len(line)
             file.truncate(size)
             os.fsync(file.fileno())
-            _sync_folder(path.parent)
+            disk.sync(path.parent)
         except BaseException:
             file.close()
             raise
@@ -189,11 +190,3 @@ def _lock(file: FileIO, path: Path) -> None:
         ) from None
     except OSError:  # a file system without locks
         return
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -25,6 +25,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from alignlab.plain import plain, restored
+from core import disk
 from core.schema import Completion, Group, Mixture, Prompt, Score
 
 
@@ -68,11 +69,7 @@ class Payloads:
         """Have the disk keep these payloads, where they are there. Raises OSError."""
         paths = [path for path in map(self.path, digests) if path.exists()]
         for path in (*paths, *dict.fromkeys(path.parent for path in paths)):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            disk.sync(path)
 
     def read(self, digest: str) -> bytes:
         """The payload. Raises Missing and Corrupt; touches nothing."""

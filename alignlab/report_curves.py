@@ -14,6 +14,8 @@ from alignlab.balance import balance, said
 from alignlab.markup import Markup, Text, join, number, tag
 from alignlab.plots import COLOURS, DASHES, Line, area_plot, line_plot, span, window
 from alignlab.run_files import RunFiles, union
+from alignlab.timeline import PARTS
+from learner.profiling import PHASES
 
 
 class Curve(NamedTuple):
@@ -41,8 +43,8 @@ POLICY = (
     Curve("actors at work, and what the learner reaches of its device", "share", ("rollout/busy", "learner/mfu"), True),
 )
 # Seconds of a step and of its part in the learner, by what they went for; what the parts leave is `other`.
-STEP = ("time/wait_groups", "time/weigh", "time/keep", "time/train", "time/wait_publish", "time/publish")
-LEARNER = tuple(f"time/learner_{phase}" for phase in ("collate", "passes", "gradients", "optimizer"))
+STEP = tuple(f"time/{part}" for part in reversed(PARTS))
+LEARNER = tuple(f"time/learner_{phase}" for phase in PHASES)
 SPLITS = {"time of a step": ("time/step", STEP), "time of the learner": ("time/learner", LEARNER)}
 SEEN = 0.005  # a part with a smaller share is in `other`
 ELSEWHERE = r"weighting/|diagnostics/|overoptimization/|reward/|eval/[^ ]*/(accuracy|low|high)$|time/(step|learner)$"

@@ -38,6 +38,7 @@ from typing import Any
 
 from alignlab.plan import absolute
 from alignlab.run_files import leaves
+from core import disk
 from core.config import RunConfig
 from core.errors import UserError, first_line, nearest
 from core.loading import dump_config, load_config
@@ -206,7 +207,7 @@ class RunDir:
         if final.exists():
             os.rename(final, aside)
         os.rename(partial, final)
-        _fsync(final.parent)
+        disk.sync(final.parent)
         shutil.rmtree(aside, ignore_errors=True)
         for old in self.checkpoints()[:-keep]:
             shutil.rmtree(old.path)
@@ -235,7 +236,7 @@ class RunDir:
         aside = checkpoint.path.with_name(f"corrupt-{checkpoint.path.name}")
         shutil.rmtree(aside, ignore_errors=True)  # of an earlier time: the newer one says more
         os.rename(checkpoint.path, aside)
-        _fsync(aside.parent)
+        disk.sync(aside.parent)
         return aside
 
 
@@ -340,11 +341,3 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,10 +13,11 @@ from itertools import groupby, pairwise
 from operator import attrgetter
 from typing import Any
 
+from learner.profiling import PHASES
+
 Row = Mapping[str, Any]
 PARTS = ("publish", "wait_publish", "train", "keep", "weigh", "wait_groups")  # of a step, the last one first
 SHORTEST = 1e-4  # seconds of a part that is worth a span
-PHASES = ("collate", "passes", "gradients", "optimizer")  # of the learner
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benches.harness import Ratio, main, need_model
 
 GROUPS, SAMPLES, TOKENS = 16, 4, 192

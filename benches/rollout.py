@@ -14,10 +14,7 @@ import math
 import os
 import random
 import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benches.apart import Apart, Turn
 from benches.harness import Ratio, alternate, main, need_model
@@ -72,7 +69,7 @@ def bare(turn: Turn, model: str, dtype: str) -> None:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are those that the system gives, as on the other side
         "TORCHDYNAMO_DISABLE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": os.environ.get("BARE_MP", "0"),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     from vllm import LLM, SamplingParams
 

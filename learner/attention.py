@@ -151,9 +151,9 @@ class _Joined(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
         out, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
         for part in packing.own:
-            out[part.tokens], lse[part.tokens] = part.forward(query, key, value, scale)
+            out[part.tokens], lse[part.tokens] = part.forward((query, key, value), scale)
         for part in packing.shared:
-            more, log = part.forward(query, key, value, scale)
+            more, log = part.forward((query, key, value), scale)
             before = lse[part.tokens]
             both = torch.logaddexp(before, log)
             share = (log - both).exp_()[..., None].to(more.dtype)  # of the softmax that is on the prompt
@@ -169,7 +169,7 @@ class _Joined(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         into = (torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value))
         for part in (*ctx.packing.own, *ctx.packing.shared):
-            part.backward(grad, query, key, value, out, lse, ctx.scale, into)
+            part.backward((query, key, value), grad, out, lse, ctx.scale, into)
         return *into, None, None
 
 

@@ -13,7 +13,6 @@ function of (seed, step). The caller renames the folder when everything is in it
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from core import disk
 from core.errors import UserError
 from learner import adapters
 from learner.model import changing, full, whole_tensors
@@ -92,11 +92,7 @@ def save_adapter(folder: Path, hf: PreTrainedModel, ranks: Ranks) -> None:
 def flush(folder: Path) -> None:
     """fsync all files below `folder` and the folders themselves, so that a rename of it is a promise kept."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        disk.sync(path)
 
 
 @contextmanager

@@ -1,14 +1,14 @@
 """Attention of some queries to some keys, forward and backward, in a form that is joined with attention to others.
 
-    out, lse = part.forward(query, key, value, scale)              # over part.tokens only
-    part.backward(grad, query, key, value, out, lse, scale, into)  # out, lse: of all parts joined
+    out, lse = part.forward(given, scale)              # given: query, key, value; over part.tokens only
+    part.backward(given, grad, out, lse, scale, into)  # out, lse: of all parts joined
 
 A part is a number of members; the queries of a member look at the keys of the same member, causally at their own or at
 all of them. `lse` [n, heads] float32 is the logarithm of the softmax's denominator, in nats. The backward pass of
 softmax needs of a query only its whole output and its whole lse, whatever part the keys are of, so the parts' gradients
 for joined outputs are exact sums (cascade attention: https://flashinfer.ai/2024/02/02/cascade-inference.html).
 
-`Rectangles`: torch's flash kernel for CPU on right-padded rectangles, one per class of similar lengths. `Ragged`: its
+`Rectangle`: torch's flash kernel for CPU on right-padded rectangles, one per class of similar lengths. `Ragged`: its
 variable-length flash kernel for CUDA in half precision; nothing is padded.
 """
 
@@ -26,8 +26,8 @@ aten = torch.ops.aten
 Span = tuple[int, int]
 """(first token, number of tokens) in a packed row."""
 
-Gradients = tuple[Tensor, Tensor, Tensor]
-"""Of query [N, heads, d], key and value [N, kv heads, d]: a part adds its own."""
+Given = tuple[Tensor, Tensor, Tensor]
+"""Query [N, heads, d], key and value [N, kv heads, d]; or their gradients, to which a part adds its own."""
 
 
 class Part(Protocol):
@@ -36,20 +36,10 @@ class Part(Protocol):
     @property
     def tokens(self) -> Tensor: ...
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """query [N, heads, d], key and value [N, kv heads, d] -> (out [n, heads, d], lse [n, heads])."""
+    def forward(self, given: Given, scale: float) -> tuple[Tensor, Tensor]:
+        """(out [n, heads, d], lse [n, heads]) of its tokens."""
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        scale: float,
-        into: Gradients,
-    ) -> None:
+    def backward(self, given: Given, grad: Tensor, out: Tensor, lse: Tensor, scale: float, into: Given) -> None:
         """Add this part's gradients; grad, out [N, heads, d] and lse [N, heads] are of the joined attention."""
 
 
@@ -72,23 +62,13 @@ class Rectangle:
     tokens: Tensor
     padding: Tensor
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = self._cells(query, self.queries), self._cells(key, self.keys), self._cells(value, self.keys)
+    def forward(self, given: Given, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = map(self._cells, given, (self.queries, self.keys, self.keys))
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, self.causal, scale=scale)
         return self._tokens(out), lse.transpose(1, 2).flatten(0, 1)[self.real]
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        scale: float,
-        into: Gradients,
-    ) -> None:
-        q, k, v = self._cells(query, self.queries), self._cells(key, self.keys), self._cells(value, self.keys)
+    def backward(self, given: Given, grad: Tensor, out: Tensor, lse: Tensor, scale: float, into: Given) -> None:
+        q, k, v = map(self._cells, given, (self.queries, self.keys, self.keys))
         # Nothing may come from padding: no gradient, and with an infinite denominator a probability of 0 for all keys.
         g, o = self._cells(grad, self.queries, padding=0.0), self._cells(out, self.queries)
         z = lse[self.queries].index_fill_(0, self.padding, torch.inf).view(self.b, self.t, -1).transpose(1, 2)
@@ -178,7 +158,7 @@ class Ragged:
     ends_q: Tensor
     ends_k: Tensor
     longest: tuple[int, int]
-    is_causal: bool
+    causal: bool
 
     @classmethod
     def of(cls, queries: Sequence[Span], keys: Sequence[Span], causal: bool, device: torch.device) -> Ragged:
@@ -194,45 +174,35 @@ class Ragged:
         longest = (max(length for _, length in queries), max(length for _, length in keys))
         return cls(tokens(queries), tokens(keys), ends(queries), ends(keys), longest, causal)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _gathered(self, given: Given) -> tuple[Tensor, ...]:
+        """Query, key and value of the members' tokens."""
+        return tuple(x[index] for x, index in zip(given, (self.tokens, self.keys, self.keys), strict=True))
+
+    def forward(self, given: Given, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = aten._flash_attention_forward(
-            query[self.tokens],
-            key[self.keys],
-            value[self.keys],
+            *self._gathered(given),
             self.ends_q,
             self.ends_k,
             *self.longest,
             0.0,
-            self.is_causal,
+            self.causal,
             False,
             scale=scale,
         )
         return out, lse.T  # the kernel's lse is [heads, n]
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        scale: float,
-        into: Gradients,
-    ) -> None:
+    def backward(self, given: Given, grad: Tensor, out: Tensor, lse: Tensor, scale: float, into: Given) -> None:
         unused = torch.empty(2, dtype=torch.uint64, device=grad.device)  # the state of a dropout that there is none of
         parts = aten._flash_attention_backward(
             grad[self.tokens],
-            query[self.tokens],
-            key[self.keys],
-            value[self.keys],
+            *self._gathered(given),
             out[self.tokens],
             lse[self.tokens].T.contiguous(),
             self.ends_q,
             self.ends_k,
             *self.longest,
             0.0,
-            self.is_causal,
+            self.causal,
             unused,
             unused,
             scale=scale,

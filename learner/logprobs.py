@@ -131,7 +131,7 @@ class _TokenLogprobs(torch.autograd.Function):
             target = hidden.new_zeros(part.stop - part.start, dtype=torch.float32)
             m, s, u = torch.full_like(target, -torch.inf), torch.zeros_like(target), torch.zeros_like(target)
             for block in _blocks(weight):
-                z = _logits(hidden[part], weight[block], None if bias is None else bias[block], head)
+                z = _tile(hidden[part], weight, bias, block, head)
                 rows, columns = _found(targets[part], block)
                 target[rows] = z[rows, columns]
                 before, m = m, torch.maximum(m, z.amax(-1))
@@ -161,7 +161,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ]
         for part in _chunks(len(hidden), ctx.chunk):
             for block in _blocks(weight):
-                z = _logits(hidden[part], weight[block], None if bias is None else bias[block], ctx.head)
+                z = _tile(hidden[part], weight, bias, block, ctx.head)
                 slope = _softcap_slope(z, ctx.head)
                 z -= normalisers[part, None]
                 if grad_entropy is None:
@@ -188,6 +188,11 @@ BLOCK = 2048
 
 def _blocks(weight: Tensor) -> list[slice]:
     return _chunks(len(weight), len(weight) if weight.is_cuda else BLOCK)
+
+
+def _tile(hidden: Tensor, weight: Tensor, bias: Tensor | None, block: slice, head: Head) -> Tensor:
+    """[n, columns] float32 logits of a block of the vocabulary."""
+    return _logits(hidden, weight[block], None if bias is None else bias[block], head)
 
 
 def _found(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from learner.collate import Micro
 from learner.flops import Needs, needed
+from learner.profiling import PHASES
 
-REST = "collate"
-PHASES = (REST, "passes", "gradients", "optimizer")
+REST = PHASES[0]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PHASES = ("collate", "passes", "gradients", "optimizer")
+"""What a step of the learner is spent on; all that is in no other is in the first."""
 PROFILED = 3
 """Which step of an attempt is profiled: those before it load, allocate and compile."""
 LISTED = 20  # operators

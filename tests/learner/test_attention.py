@@ -105,6 +105,6 @@ def test_the_kernels_of_a_gpu_take_and_give_what_they_are_asked_for(is_causal: b
     meta = torch.device("meta")
     part = Ragged.of([(3, 2), (8, 1)], [(3, 2), (8, 1)] if is_causal else [(0, 3), (6, 2)], is_causal, meta)
     q, k = (torch.empty(N, heads, 64, dtype=torch.bfloat16, device=meta) for heads in (6, 2))
-    out, lse = part.forward(q, k, k, 0.125)
+    out, lse = part.forward((q, k, k), 0.125)
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == ((3, 6, 64), torch.bfloat16, (3, 6), torch.float32)
-    part.backward(q, q, k, k, q, torch.empty(N, 6, device=meta), 0.125, (q, k, k))
+    part.backward((q, k, k), q, q, torch.empty(N, 6, device=meta), 0.125, (q, k, k))
